@@ -1,0 +1,450 @@
+"""The run file: every key, its default, its rule and its help.
+
+A run file is TOML written by hand or JSON written by a machine; unknown keys are refused. The docstring below a
+field is its help and its line in docs/configuration.md. Validation reads no file, no environment and no torch.
+
+What may change when a run is resumed is part of a field: `identity` (another value is another run: refused),
+`from_now` (allowed when named with --accept, and recorded) or `free` (machines, logging, saving, length).
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llm_dist.errors import ResumeRefused, UserError
+
+OnResume = Literal["identity", "from_now", "free"]
+
+
+def _field(on_resume: OnResume, default: Any, rules: dict[str, Any]) -> Any:
+    return Field(default, json_schema_extra={"on_resume": on_resume}, **rules)
+
+
+def identity(default: Any = ..., **rules: Any) -> Any:
+    """A field whose change makes another run."""
+    return _field("identity", default, rules)
+
+
+def from_now(default: Any = ..., **rules: Any) -> Any:
+    """A field that may change from the current step on, when the user says so."""
+    return _field("from_now", default, rules)
+
+
+def free(default: Any = ..., **rules: Any) -> Any:
+    """A field that changes no trajectory."""
+    return _field("free", default, rules)
+
+
+class Section(BaseModel):
+    """A frozen table of the run file."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, protected_namespaces=()
+    )
+
+
+class Run(Section):
+    """Which run this is."""
+
+    name: str = free(min_length=1, pattern=r"^[^/]+$")
+    """Name of the run; its folder is `run.dir`/`run.name`."""
+    dir: str = free("runs")
+    """Folder that holds the run folders."""
+    seed: int = identity(0, ge=0, lt=2**63)
+    """Seeds initial weights, data order, masks and dropout."""
+    steps: int = free(ge=1)
+    """Optimizer steps after which the run is finished; raise it to go on."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.dir) / self.name
+
+
+class Model(Section):
+    """The Transformer. `family` sets what the other keys leave open."""
+
+    family: Literal["llama", "gpt2"] = identity("llama")
+    """llama: RMSNorm, rotary positions, SwiGLU, no biases. gpt2: LayerNorm, learned positions, GELU, biases."""
+    layers: int = identity(ge=1)
+    """Number of blocks."""
+    d_model: int = identity(ge=1)
+    """Model width D."""
+    heads: int = identity(ge=1)
+    """Attention heads H."""
+    kv_heads: int | None = identity(None, ge=1)
+    """Key/value heads K (grouped-query attention); `heads` when absent."""
+    d_ff: int | None = identity(None, ge=1)
+    """Feed-forward width F; when absent 4 D (gpt2) or 8/3 D rounded up to a multiple of 64 (llama)."""
+    dropout: float = from_now(0.0, ge=0, lt=1)
+    """Probability of dropping an element after embedding, attention and feed-forward, in training."""
+    max_sequence_tokens: int = identity(2048, ge=1)
+    """Longest sequence the model is made for (rows of a learned position table; stated at export)."""
+    positions: Literal["rotary", "learned", "sinusoidal"] | None = identity(None)
+    """How positions enter; set by `family` when absent."""
+    qk_norm: bool = identity(False)
+    """Normalise queries and keys per head (RMSNorm), as Qwen3 does."""
+    tied_head: bool | None = identity(None)
+    """Share the embedding with the output head; when absent true for gpt2, false for llama."""
+    norm_eps: float = identity(1e-5, gt=0)
+    """Epsilon of the norms."""
+    rope_theta: float = identity(10_000.0, gt=0)
+    """Base of the rotary frequencies."""
+    vocabulary_multiple: int = identity(64, ge=1)
+    """The vocabulary is padded up to a multiple of this (faster matmuls); export trims the padding."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.d_model % self.heads:
+            raise ValueError(f"model.d_model={self.d_model} must be a multiple of model.heads={self.heads}")
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
+        if self.position_kind == "rotary" and self.d_head % 2:
+            raise ValueError(f"rotary positions need an even head width; model.d_model/heads is {self.d_head}")
+        return self
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K, resolved."""
+        return self.kv_heads or self.heads
+
+    @property
+    def d_head(self) -> int:
+        """E, the width of one head."""
+        return self.d_model // self.heads
+
+    @property
+    def width_ff(self) -> int:
+        """F, resolved."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return 4 * self.d_model if self.family == "gpt2" else -(-8 * self.d_model // (3 * 64)) * 64
+
+    @property
+    def position_kind(self) -> str:
+        """How positions enter, resolved."""
+        return self.positions or ("learned" if self.family == "gpt2" else "rotary")
+
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether embedding and head share one matrix, resolved."""
+        return self.family == "gpt2" if self.tied_head is None else self.tied_head
+
+
+class Data(Section):
+    """What the model reads."""
+
+    train: str = free()
+    """Shard folder made by `llm-dist tokenize` (its fingerprint, not its path, belongs to the run's identity)."""
+    holdout: str | list[str] = free([])
+    """Shard folder or folders for validation; each gets its own curve, named after the folder."""
+    sequence_tokens: int = identity(ge=1)
+    """Length T of a training sequence."""
+    document_mask: bool = identity(False)
+    """Attention and positions stop at document borders (taken from the index, never inferred)."""
+    workers: int = free(1, ge=0)
+    """Background threads that prepare the next steps' rows; 0 prepares them in the training thread."""
+
+    @property
+    def holdouts(self) -> list[str]:
+        """The held-out folders as a list."""
+        return [self.holdout] if isinstance(self.holdout, str) else self.holdout
+
+
+class BatchSize(Section):
+    """How much one optimizer step reads."""
+
+    tokens_per_step: int = identity(ge=1)
+    """Tokens per optimizer step over all ranks; a multiple of `data.sequence_tokens`."""
+    sequences_per_micro_batch: int = free(8, ge=1)
+    """Rows a rank computes at once; accumulation follows from it."""
+
+
+class Optim(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "sgd"] = identity("adamw")
+    """adamw: decoupled weight decay (arXiv 1711.05101), fused. sgd: plain, for tests of the mathematics."""
+    lr: float = from_now(3e-4, gt=0)
+    """Peak learning rate."""
+    beta1: float = from_now(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = from_now(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = from_now(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = from_now(0.1, ge=0)
+    """Decoupled weight decay; never on norms, biases and embeddings."""
+    clip: float = from_now(1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0 never clips."""
+    warmup_steps: int = from_now(0, ge=0)
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = from_now("cosine")
+    """Shape after warm-up; wsd: constant, then linear decay over the last `decay_fraction`."""
+    final_lr_fraction: float = from_now(0.1, ge=0, le=1)
+    """Rate at the end of the schedule as a fraction of `lr`."""
+    decay_fraction: float = from_now(0.2, gt=0, le=1)
+    """Share of `total_steps` over which wsd decays."""
+    total_steps: int | None = from_now(None, ge=1)
+    """Steps the schedule spans; `run.steps` when the run is created, then frozen."""
+
+
+class Engine(Section):
+    """Who computes the step. Engines differ in speed and memory, never in mathematics."""
+
+    name: Literal["plain", "zero", "fsdp"] = free("plain")
+    """plain: one rank or DDP. zero: DeepSpeed ZeRO. fsdp: PyTorch FSDP2."""
+    zero_stage: Literal[0, 1, 2, 3] = free(2)
+    """What ZeRO partitions: 1 optimizer, 2 and gradients, 3 and parameters."""
+    shard_ranks: int | None = free(None, ge=1)
+    """fsdp: shard over groups of this many ranks and replicate between them (hybrid sharding); all when absent."""
+    precision: Literal["fp32", "bf16"] = from_now("bf16")
+    """bf16: matmul and attention in bf16; masters, norm statistics, softmax, loss and reduction in fp32."""
+    recompute: Literal["none", "selective", "full"] = free("none")
+    """Gradient checkpointing per block: selective keeps matmul and attention outputs, full keeps only the input."""
+    compile: Literal["auto", "on", "off"] = free("auto")
+    """torch.compile per block; auto: where a compiler is found, else one line says so."""
+    deterministic: bool = free(False)
+    """Bitwise reproducible kernels on GPU (CPU always is)."""
+
+
+class Checkpoint(Section):
+    """What is saved, when, and how long it is kept."""
+
+    every_steps: int | None = free(None, ge=1)
+    """Save every so many steps; a tenth of `run.steps` when absent. The last step is always saved."""
+    keep_last: int = free(2, ge=1)
+    """How many of the newest checkpoints stay."""
+    keep_every_steps: int | None = free(None, ge=1)
+    """Checkpoints at multiples of this stay for good."""
+    keep_best: bool = free(True)
+    """The checkpoint nearest the best validation loss stays."""
+    asynchronous: bool = free(False)
+    """Training waits only for the copy to host memory; the write happens beside it."""
+
+
+class Eval(Section):
+    """Validation during training."""
+
+    every_steps: int | None = free(None, ge=1)
+    """Evaluate the held-out folders every so many steps; only at the end when absent."""
+    max_sequences: int | None = free(None, ge=1)
+    """Score at most so many windows of each held-out folder; all when absent."""
+    patience: int | None = from_now(None, ge=1)
+    """Stop when the first held-out loss has not improved for so many evaluations."""
+
+
+class Log(Section):
+    """What is reported."""
+
+    every_steps: int = free(10, ge=1)
+    """Report every so many steps."""
+    sinks: list[Literal["tensorboard", "csv", "wandb"]] = free(["tensorboard"])
+    """Where metrics go beside metrics.jsonl; a failing sink never stops a run."""
+
+
+class Objective(Section):
+    """What is learnt."""
+
+    name: Literal["causal"] = identity("causal")
+    """causal: predict each token from those before it."""
+    z_loss: float = from_now(0.0, ge=0)
+    """Weight of the squared log-normaliser (PaLM's z-loss); 0 is off."""
+
+
+class Init(Section):
+    """Where the weights come from."""
+
+    source: str | None = identity(None, alias="from")
+    """Checkpoint, run folder or Hugging Face folder whose weights start this run; random when absent."""
+    std: float = identity(0.02, gt=0)
+    """Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2 layers)."""
+
+
+class Plan(Section):
+    """What planning assumes and refuses."""
+
+    max_waste: float = free(0.1, ge=0, lt=1)
+    """Share of computed rows that may be absent (ranks x micro-batch not dividing the step) at submission."""
+    vocabulary_tokens: int = free(32_768, ge=1)
+    """Vocabulary assumed where `data.train` is not there yet."""
+
+
+class Config(Section):
+    """A complete run file."""
+
+    run: Run
+    model: Model
+    data: Data
+    batch: BatchSize
+    optim: Optim = Optim()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    log: Log = Log()
+    objective: Objective = Objective()
+    init: Init = Init()
+    plan: Plan = Plan()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        tokens, sequence = self.batch.tokens_per_step, self.data.sequence_tokens
+        if tokens % sequence:
+            near = max(1, round(tokens / sequence)) * sequence
+            raise ValueError(
+                f"batch.tokens_per_step={tokens} must be a multiple of data.sequence_tokens={sequence}; nearest: {near}"
+            )
+        if sequence > self.model.max_sequence_tokens:
+            raise ValueError(
+                f"data.sequence_tokens={sequence} is longer than model.max_sequence_tokens="
+                f"{self.model.max_sequence_tokens}; raise the latter"
+            )
+        if self.optim.warmup_steps > self.schedule_steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is longer than the schedule's "
+                f"{self.schedule_steps} steps (optim.total_steps, else run.steps)"
+            )
+        return self
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps the learning-rate schedule spans."""
+        return self.optim.total_steps or self.run.steps
+
+    @property
+    def save_every_steps(self) -> int:
+        """Checkpoint interval, resolved."""
+        return self.checkpoint.every_steps or max(1, self.run.steps // 10)
+
+    def frozen(self) -> Config:
+        """The config as a new run keeps it: the schedule's length no longer follows `run.steps`."""
+        return self.model_copy(
+            update={"optim": self.optim.model_copy(update={"total_steps": self.schedule_steps})}
+        )
+
+    def to_json(self) -> str:
+        """Canonical text: every key, sorted, as config.json holds it."""
+        return json.dumps(self.model_dump(by_alias=True), indent=2, sort_keys=True) + "\n"
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a run file (.toml or .json) or a run folder's config.json and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: one line for each mistake.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = run_config_path(path)
+    return parse(_read_table(path), overrides, str(path))
+
+
+def run_config_path(folder: Path) -> Path:
+    """Path of the frozen config of a run folder; refuses a folder that is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.json; name a run file or a run folder")
+    return path
+
+
+def parse(table: dict[str, Any], overrides: Sequence[str] = (), origin: str = "run file") -> Config:
+    """Validate a table after applying overrides; `origin` names it in messages."""
+    for text in overrides:
+        _apply_override(table, text)
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{origin}: {line}" for line in _mistakes(error))) from None
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such run file or run folder") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; a run file is TOML or JSON") from None
+    try:
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: a run file is a table of sections, not a {type(table).__name__}")
+    return table
+
+
+def _apply_override(table: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise UserError(f"override {text!r} must read section.key=value, for example optim.lr=3e-4")
+    section = table.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise UserError(f"override {text!r}: {parts[0]} is not a section")
+    section[parts[1]] = _toml_value(value.strip())
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _mistakes(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if part not in ("str", "list[str]"))
+        if item["type"] == "extra_forbidden":
+            yield f"{key} is not a key of a run file{_nearest(key)}"
+        elif item["type"] == "missing":
+            yield f"{key} is missing and has no default"
+        elif item["type"] == "value_error":
+            yield str(item["ctx"]["error"])
+        else:
+            yield f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _nearest(key: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(key, [*fields(), *Config.model_fields], n=1)
+    return f"; did you mean {near[0]}?" if near else "; docs/configuration.md lists them"
+
+
+def fields() -> dict[str, OnResume]:
+    """Every dotted key of a run file and what a change of it means on resume."""
+    return {
+        f"{section}.{field.alias or name}": cast(dict[str, OnResume], field.json_schema_extra)["on_resume"]
+        for section, table in Config.model_fields.items()
+        for name, field in cast(type[Section], table.annotation).model_fields.items()
+    }
+
+
+def check_resume(before: Config, now: Config, accepted: Sequence[str] = ()) -> list[str]:
+    """Names of the `from_now` keys that change; refuses what would make another run.
+
+    Raises:
+        ResumeRefused: an identity key differs, or a `from_now` key differs and is not among `accepted`.
+    """
+    old, new = before.model_dump(by_alias=True), now.model_dump(by_alias=True)
+    refused, changed = [], []
+    for key, rule in fields().items():
+        section, name = key.split(".")
+        was, is_now = old[section][name], new[section][name]
+        if was == is_now or rule == "free":
+            continue
+        if rule == "identity":
+            refused.append(f"{key} was {was!r} and is now {is_now!r}: that is another run; choose another run.name")
+        elif key not in accepted:
+            refused.append(f"{key} was {was!r} and is now {is_now!r}; add --accept {key} to change it from here on")
+        else:
+            changed.append(key)
+    if refused:
+        raise ResumeRefused("\n".join(refused))
+    return changed

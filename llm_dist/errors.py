@@ -1,0 +1,39 @@
+"""What a user can mend, and how a command ends.
+
+A mistake the user can mend is a `UserError`: one line that names the key, the value, the rule and a way out.
+Everything else is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes that launchers and schedulers act on."""
+
+    DONE = 0
+    DEFECT = 1
+    USER_ERROR = 2
+    STOPPED = 75
+    """Asked to stop; a complete checkpoint stands; start again to go on (Slurm's `RequeueExit` convention)."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend; each line of the message is one mistake."""
+
+
+class ResumeRefused(UserError):
+    """The run folder holds another run than the one asked for; the message names the key that differs."""
+
+
+def exit_code_of(action: Callable[[], int | None]) -> int:
+    """Run `action`; print a `UserError` as plain lines on standard error instead of a traceback."""
+    try:
+        return int(action() or Exit.DONE)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return Exit.USER_ERROR
