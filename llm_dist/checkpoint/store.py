@@ -1,0 +1,308 @@
+"""How a checkpoint is written and read: the engine's partitions on one side, files on the other.
+
+Any rank count and any engine on the writing side, any other on the reading side: both only see ranges. No function
+here is collective, none communicates but through the shared file system; all ranks call `save` with the same steps.
+Knows no engine, no model and no policy (when to save, what to do about a failure).
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm_dist.checkpoint import commit, layout
+from llm_dist.checkpoint.layout import DamagedCheckpoint, Facts, Found, Manifest, RankFiles, SaveFailed, StateMismatch
+from llm_dist.checkpoint.pieces import DataFile, Floats, Source, read_table, share_of_replica, write_data, write_durably
+from llm_dist.engine.partition import Partition
+
+_PARAMETER = "param/"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a call of `Store.save` did."""
+
+    step: int
+    stall_seconds: float
+    """How long training stood still: all of a synchronous save, the copy to the host of an asynchronous one."""
+    num_bytes: int
+    """What this rank writes."""
+    was_complete: bool = False
+    """The step was already on disk: nothing was done."""
+
+
+class Store:
+    """Writes the checkpoints of one attempt, one at a time, and reads them.
+
+    A save succeeds or fails on all ranks alike, except that a rank may time out while the others succeed: what rank 0
+    says counts, and the trainer agrees on it. Not collective: rank 0 waits for the others' files.
+    """
+
+    def __init__(self, folder: Path, rank: int, ranks: int, attempt: int, limit_seconds: float = 900.0) -> None:
+        """Args: `folder` is the run's `checkpoints`; `limit_seconds` is how long a rank waits for the others."""
+        self.folder = folder
+        self._rank, self._ranks, self._attempt = rank, ranks, attempt
+        self._limit_seconds = limit_seconds
+        self._num_saves = 0
+        self._host: Tensor | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._durable_step: int | None = None
+        self._abandoned = threading.Event()
+
+    def save(self, step: int, state: Mapping[str, Partition], facts: Facts, asynchronous: bool = False) -> Saved:
+        """Write a checkpoint of `step`; all ranks call this with the same step, each with its own partitions.
+
+        Asynchronous: returns once the values are copied to host memory; `poll` and `wait` tell the rest. Waits for
+        an earlier save first. `facts` are rank 0's.
+
+        Raises:
+            SaveFailed: this save, or the earlier one, was not written; no trace of it is left under a final name.
+        """
+        started = time.perf_counter()
+        self.wait()
+        self._num_saves += 1  # also where nothing is done, so that all ranks count alike
+        final = self.folder / layout.checkpoint_name(step)
+        if layout.is_complete(final):
+            return Saved(step, time.perf_counter() - started, 0, was_complete=True)
+        shares = {key: _share(key, partition) for key, partition in state.items()}
+        sources = self._staged(shares) if asynchronous else {key: _source(share) for key, share in shares.items()}
+        self._abandoned.clear()
+        self._thread = threading.Thread(target=self._write, args=(final, step, sources, facts), daemon=True)
+        self._thread.start()
+        if not asynchronous:
+            self.wait()
+        num_bytes = sum(source.num_bytes for source in sources.values())
+        return Saved(step, time.perf_counter() - started, num_bytes)
+
+    def poll(self) -> int | None:
+        """The last step this store has made durable; does not wait.
+
+        Raises:
+            SaveFailed: the save begun last was not written (raised once).
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            return self.wait()
+        return self._durable_step
+
+    def wait(self) -> int | None:
+        """Return when nothing is being written any more; as `poll`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        return self._durable_step
+
+    def abandon(self) -> None:
+        """Make the save in progress fail soon, on this rank and through it on the others; `wait` then raises."""
+        self._abandoned.set()
+
+    def sweep(self) -> list[str]:
+        """Rank 0 at start-up: delete what crashed attempts left; returns the names. Does nothing on other ranks."""
+        return commit.sweep(self.folder, self._attempt) if self._rank == 0 else []
+
+    def restore(self, found: Found, state: Mapping[str, Partition]) -> Manifest:
+        """`read_into` for this rank; not collective: ranks may differ in what they raise, and the trainer agrees."""
+        return read_into(found.folder, state, self._rank, self._ranks)
+
+    def _staged(self, shares: Mapping[str, Partition]) -> dict[str, Source]:
+        """Sources in one host buffer, kept for the next save: its size bounds the host memory taken."""
+        num_elements = sum(share.values.numel() for share in shares.values())
+        on_device = any(share.values.is_cuda for share in shares.values())
+        if self._host is None or self._host.numel() < num_elements:
+            self._host = torch.empty(num_elements, dtype=torch.float32, pin_memory=on_device)
+        sources, end = {}, 0
+        for key, share in shares.items():
+            begin, end = end, end + share.values.numel()
+            staged = self._host[begin:end].copy_(share.values.detach(), non_blocking=on_device)
+            sources[key] = _source(Partition(staged, share.start, share.shape))
+        if on_device:
+            torch.cuda.synchronize()
+        return sources
+
+    def _write(self, final: Path, step: int, sources: Mapping[str, Source], facts: Facts) -> None:
+        """The thread: write this rank's files, then wait for the others and publish (rank 0) or see it published."""
+        writing = self.folder / commit.writing_name(step, self._attempt, self._num_saves)
+        try:
+            self._write_files(writing, sources)
+            if self._rank == 0:
+                commit.await_tables(writing, self._ranks, self._limit_seconds, self._go_on)
+                shapes, files = commit.gather_tables(writing, self._ranks)
+                commit.publish(writing, final, self._manifest(step, facts, shapes, files))
+                commit.sweep(self.folder, self._attempt, self._num_saves)
+            else:
+                commit.await_publication(writing, final, self._limit_seconds, self._go_on)
+            self._durable_step = step
+        except BaseException as error:  # noqa: BLE001  kept for `wait`, which raises it in the training thread
+            commit.give_up(writing, self._rank, self._ranks, str(error))
+            self._failure = error
+            if isinstance(error, OSError):
+                self._failure = SaveFailed(final, error)
+                self._failure.__cause__ = error
+
+    def _write_files(self, writing: Path, sources: Mapping[str, Source]) -> None:
+        def go_on() -> None:
+            self._go_on()
+            commit.check_peers(writing)
+
+        writing.mkdir(parents=True, exist_ok=True)
+        go_on()
+        table = write_data(writing, self._rank, sources, self._go_on)
+        write_durably(writing / layout.table_name(self._rank), table.to_bytes())
+
+    def _go_on(self) -> None:
+        if self._abandoned.is_set():
+            raise InterruptedError("the save was abandoned")
+
+    def _manifest(
+        self, step: int, facts: Facts, shapes: dict[str, tuple[int, ...]], files: list[RankFiles]
+    ) -> Manifest:
+        return Manifest(
+            step=step,
+            attempt=self._attempt,
+            num_ranks=self._ranks,
+            optimizer_step=facts.optimizer_step,
+            engine=facts.engine,
+            fingerprints=dict(facts.fingerprints),
+            trajectory=dict(facts.trajectory),
+            state=shapes,
+            files=files,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={"python": platform.python_version(), "torch": torch.__version__},
+        )
+
+
+def read_into(folder: Path, state: Mapping[str, Partition], rank: int = 0, ranks: int = 1) -> Manifest:
+    """Fill the live views of `state` with what `folder` holds, whoever wrote it.
+
+    Reads only the pieces that overlap, each verified in the same read. Rank 0 also verifies every table and header.
+
+    Raises:
+        StateMismatch: the checkpoint has other tensors or other shapes; nothing was changed.
+        DamagedCheckpoint: names file and piece; the values of `state` are then undefined.
+    """
+    manifest = layout.read_manifest(folder)
+    _check_same_tensors(folder, manifest, state)
+    if rank == 0:
+        layout.check_frame(folder, manifest)
+    _fill(folder, _nearest_first(manifest.files, rank, ranks), state)
+    return manifest
+
+
+def read_parameters(folder: Path) -> dict[str, Tensor]:
+    """All full-precision parameters by name, on the host, verified.
+
+    Raises:
+        DamagedCheckpoint: names file and piece.
+    """
+    manifest = layout.read_manifest(folder)
+    layout.check_frame(folder, manifest)
+    shapes = {key: shape for key, shape in manifest.state.items() if key.startswith(_PARAMETER)}
+    state = {key: Partition(torch.empty(math.prod(shape)), 0, shape) for key, shape in shapes.items()}
+    _fill(folder, manifest.files, state)
+    return {key.removeprefix(_PARAMETER): each.values.view(each.shape) for key, each in state.items()}
+
+
+def verify(folder: Path) -> Manifest:
+    """Read and verify every byte of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: names the first file and piece that differ.
+    """
+    manifest = layout.read_manifest(folder)
+    layout.check_frame(folder, manifest)
+    for files in manifest.files:
+        with DataFile(folder, files.rank) as data:
+            for entry in read_table(folder, files).state.values():
+                for piece in entry.pieces:
+                    for _ in data.chunks(piece):
+                        pass
+    return manifest
+
+
+def _share(key: str, partition: Partition) -> Partition:
+    """The part of a partition that this rank writes."""
+    values = partition.values
+    assert values.dim() == 1 and values.dtype == torch.float32 and values.is_contiguous(), f"{key} is no flat fp32 view"
+    assert 0 <= partition.start <= partition.start + values.numel() <= math.prod(partition.shape), key
+    begin, end = share_of_replica(values.numel(), partition.replica, partition.num_replicas)
+    return Partition(values[begin:end], partition.start + begin, partition.shape)
+
+
+def _source(share: Partition) -> Source:
+    return Source(share.shape, share.start, share.values.numel(), partial(_on_host, share.values))
+
+
+def _on_host(values: Tensor) -> Floats:
+    array: Floats = values.detach().cpu().numpy()
+    return array
+
+
+def _nearest_first(files: list[RankFiles], rank: int, ranks: int) -> list[RankFiles]:
+    """Partitions are mostly in rank order, so what a rank needs lies with the ranks at the same share of the world."""
+    return sorted(files, key=lambda each: abs((each.rank + 0.5) * ranks - (rank + 0.5) * len(files)))
+
+
+def _check_same_tensors(folder: Path, manifest: Manifest, state: Mapping[str, Partition]) -> None:
+    missing = sorted(state.keys() - manifest.state.keys())
+    extra = sorted(manifest.state.keys() - state.keys())
+    if missing or extra:
+        differ = [f"has no {key}" for key in missing[:3]] + [f"has {key}, unknown here" for key in extra[:3]]
+        more = (
+            f" (and {len(missing) + len(extra) - len(differ)} more)" if len(missing) + len(extra) > len(differ) else ""
+        )
+        raise StateMismatch(f"{folder} is of another model: it {', '.join(differ)}{more}; use that model's config")
+    for key, partition in state.items():
+        if manifest.state[key] != tuple(partition.shape):
+            raise StateMismatch(
+                f"{folder} is of another model: {key} has shape {manifest.state[key]} there and "
+                f"{tuple(partition.shape)} here; use that model's config"
+            )
+
+
+def _fill(folder: Path, files: Iterable[RankFiles], state: Mapping[str, Partition]) -> None:
+    """Copy from the given ranks' files, in turn, until every partition is full."""
+    unfilled = {key: partition.values.numel() for key, partition in state.items() if partition.values.numel()}
+    for each in files:
+        if not unfilled:
+            return
+        table = read_table(folder, each)
+        with DataFile(folder, each.rank) as data:
+            for key in table.state.keys() & unfilled.keys():
+                for piece in table.state[key].pieces:
+                    num_copied = 0
+                    if _overlap(state[key], piece.start, piece.stop):
+                        num_copied = sum(_copy(state[key], start, chunk) for start, chunk in data.chunks(piece))
+                    unfilled[key] -= num_copied
+                if not unfilled[key]:
+                    del unfilled[key]
+    if unfilled:
+        key = min(unfilled)
+        raise DamagedCheckpoint(folder, f"{unfilled[key]} elements of {key} are in no piece")
+
+
+def _overlap(partition: Partition, start: int, stop: int) -> bool:
+    return max(start, partition.start) < min(stop, partition.start + partition.values.numel())
+
+
+@torch.no_grad()
+def _copy(partition: Partition, start: int, chunk: Floats) -> int:
+    """Write the elements of `chunk` (the first is element `start`) that the partition holds; returns their count."""
+    begin = max(start, partition.start)
+    end = min(start + chunk.size, partition.start + partition.values.numel())
+    if begin < end:
+        target = partition.values[begin - partition.start : end - partition.start]
+        target.copy_(torch.from_numpy(chunk[begin - start : end - start]))
+    return max(0, end - begin)
