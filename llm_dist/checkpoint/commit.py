@@ -60,7 +60,7 @@ def await_tables(writing: Path, num_ranks: int, limit_seconds: float, go_on: Cal
     """
 
     def missing() -> list[int]:
-        names = set(os.listdir(writing))
+        names = {path.name for path in writing.iterdir()}
         return [rank for rank in range(num_ranks) if table_name(rank) not in names]
 
     def all_there() -> bool:
@@ -91,10 +91,10 @@ def await_publication(writing: Path, final: Path, limit_seconds: float, go_on: C
 def check_peers(writing: Path) -> None:
     """Raise an `OSError` that repeats what a rank said when it gave up, if one did."""
     try:
-        names = os.listdir(writing)
+        names = sorted(path.name for path in writing.iterdir())
     except FileNotFoundError:
         return  # rank 0 has just renamed it, or no rank has begun
-    for name in sorted(names):
+    for name in names:
         if match := _FAILED_NAME.fullmatch(name):
             reason = (writing / name).read_text(encoding="utf-8", errors="replace")
             raise OSError(f"rank {int(match[1])}: {reason}")
@@ -150,9 +150,9 @@ def delete(folder: Path) -> None:
 
 
 def retain(
-    checkpoints: Path, keep_last: int, keep_every_steps: int | None = None, best: int | None = None
+    checkpoints: Path, keep_last: int, keep_every_steps: int | None = None, best_step: int | None = None
 ) -> list[int]:
-    """Rank 0, after a save: delete all but the newest `keep_last`, the multiples, and the nearest to step `best`.
+    """Rank 0, after a save: delete all but the newest `keep_last`, the multiples, and the nearest to `best_step`.
 
     Returns:
         The steps deleted.
@@ -162,7 +162,7 @@ def retain(
     kept = set(found[-keep_last:])
     if keep_every_steps:
         kept |= {each for each in found if each.step % keep_every_steps == 0}
-    if best is not None and (near := layout.nearest(found, best)):
+    if best_step is not None and (near := layout.nearest(found, best_step)):
         kept.add(near)
     doomed = [each for each in found if each not in kept]
     for each in doomed:

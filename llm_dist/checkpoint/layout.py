@@ -217,11 +217,30 @@ def read_manifest(folder: Path) -> Manifest:
     fields = _unsealed(raw, path)
     if fields["format"] > FORMAT:
         raise UserError(
-            f"{path}: format {fields['format']} was written by a newer llm_dist (this one reads up to {FORMAT}); upgrade"
+            f"{path}: format {fields['format']} is of a newer llm_dist, this one reads up to {FORMAT}; upgrade llm_dist"
         )
     fields["state"] = {key: tuple(shape) for key, shape in fields["state"].items()}
     fields["files"] = [RankFiles(**each) for each in fields["files"]]
     return Manifest(**fields)
+
+
+def check_same_tensors(folder: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse to fill a state of the given `shapes` from a checkpoint of another one.
+
+    Raises:
+        StateMismatch: naming the first tensors that differ.
+    """
+    there = manifest.state
+    differ = [f"it has no {key}" for key in sorted(shapes.keys() - there.keys())]
+    differ += [f"it has {key}, unknown here" for key in sorted(there.keys() - shapes.keys())]
+    differ += [
+        f"{key} has shape {list(there[key])} there and {list(shapes[key])} here"
+        for key in sorted(shapes.keys() & there.keys())
+        if there[key] != tuple(shapes[key])
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise StateMismatch(f"{folder} is of another model: {'; '.join(differ[:3])}{more}; use that model's config")
 
 
 def check_frame(folder: Path, manifest: Manifest) -> None:

@@ -203,8 +203,9 @@ class DataFile:
         self._file.seek(piece.offset_bytes)
         for start in range(piece.start, piece.stop, _CHUNK_ELEMENTS):
             chunk = buffer[: piece.stop - start]
-            self._read_fully(memoryview(chunk).cast("B"), piece)
-            checksum.update(chunk)
+            view = chunk.data.cast("B")
+            self._read_fully(view, piece)
+            checksum.update(view)
             yield start, chunk
         if checksum.hexdigest() != piece.xxh3:
             raise DamagedCheckpoint(self._path, f"piece {piece.tensor} does not match its checksum")
@@ -242,7 +243,7 @@ def _write_elements(file: int, values: Floats, go_on: Callable[[], None]) -> str
     checksum = xxh3_64()
     for begin in range(0, values.size, _CHUNK_ELEMENTS):
         go_on()
-        view = memoryview(values[begin : begin + _CHUNK_ELEMENTS]).cast("B")
+        view = values[begin : begin + _CHUNK_ELEMENTS].data.cast("B")
         checksum.update(view)
         write_all(file, view)
     return checksum.hexdigest()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llm_dist.checkpoint import commit, layout
-from llm_dist.checkpoint.layout import DamagedCheckpoint, Facts, Found, Manifest, RankFiles, SaveFailed, StateMismatch
+from llm_dist.checkpoint.layout import DamagedCheckpoint, Facts, Found, Manifest, RankFiles, SaveFailed
 from llm_dist.checkpoint.pieces import DataFile, Floats, Source, read_table, share_of_replica, write_data, write_durably
 from llm_dist.engine.partition import Partition
 
@@ -70,15 +70,15 @@ class Store:
             SaveFailed: this save, or the earlier one, was not written; no trace of it is left under a final name.
         """
         started = time.perf_counter()
+        self._num_saves += 1  # also where nothing comes of it, so that all ranks count alike
         self.wait()
-        self._num_saves += 1  # also where nothing is done, so that all ranks count alike
         final = self.folder / layout.checkpoint_name(step)
         if layout.is_complete(final):
             return Saved(step, time.perf_counter() - started, 0, was_complete=True)
         shares = {key: _share(key, partition) for key, partition in state.items()}
         sources = self._staged(shares) if asynchronous else {key: _source(share) for key, share in shares.items()}
         self._abandoned.clear()
-        self._thread = threading.Thread(target=self._write, args=(final, step, sources, facts), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, self._num_saves, sources, facts), daemon=True)
         self._thread.start()
         if not asynchronous:
             self.wait()
@@ -132,16 +132,17 @@ class Store:
             torch.cuda.synchronize()
         return sources
 
-    def _write(self, final: Path, step: int, sources: Mapping[str, Source], facts: Facts) -> None:
+    def _write(self, step: int, save: int, sources: Mapping[str, Source], facts: Facts) -> None:
         """The thread: write this rank's files, then wait for the others and publish (rank 0) or see it published."""
-        writing = self.folder / commit.writing_name(step, self._attempt, self._num_saves)
+        final = self.folder / layout.checkpoint_name(step)
+        writing = self.folder / commit.writing_name(step, self._attempt, save)
         try:
             self._write_files(writing, sources)
             if self._rank == 0:
                 commit.await_tables(writing, self._ranks, self._limit_seconds, self._go_on)
                 shapes, files = commit.gather_tables(writing, self._ranks)
                 commit.publish(writing, final, self._manifest(step, facts, shapes, files))
-                commit.sweep(self.folder, self._attempt, self._num_saves)
+                commit.sweep(self.folder, self._attempt, save)
             else:
                 commit.await_publication(writing, final, self._limit_seconds, self._go_on)
             self._durable_step = step
@@ -194,7 +195,7 @@ def read_into(folder: Path, state: Mapping[str, Partition], rank: int = 0, ranks
         DamagedCheckpoint: names file and piece; the values of `state` are then undefined.
     """
     manifest = layout.read_manifest(folder)
-    _check_same_tensors(folder, manifest, state)
+    layout.check_same_tensors(folder, manifest, {key: each.shape for key, each in state.items()})
     if rank == 0:
         layout.check_frame(folder, manifest)
     _fill(folder, _nearest_first(manifest.files, rank, ranks), state)
@@ -253,23 +254,6 @@ def _on_host(values: Tensor) -> Floats:
 def _nearest_first(files: list[RankFiles], rank: int, ranks: int) -> list[RankFiles]:
     """Partitions are mostly in rank order, so what a rank needs lies with the ranks at the same share of the world."""
     return sorted(files, key=lambda each: abs((each.rank + 0.5) * ranks - (rank + 0.5) * len(files)))
-
-
-def _check_same_tensors(folder: Path, manifest: Manifest, state: Mapping[str, Partition]) -> None:
-    missing = sorted(state.keys() - manifest.state.keys())
-    extra = sorted(manifest.state.keys() - state.keys())
-    if missing or extra:
-        differ = [f"has no {key}" for key in missing[:3]] + [f"has {key}, unknown here" for key in extra[:3]]
-        more = (
-            f" (and {len(missing) + len(extra) - len(differ)} more)" if len(missing) + len(extra) > len(differ) else ""
-        )
-        raise StateMismatch(f"{folder} is of another model: it {', '.join(differ)}{more}; use that model's config")
-    for key, partition in state.items():
-        if manifest.state[key] != tuple(partition.shape):
-            raise StateMismatch(
-                f"{folder} is of another model: {key} has shape {manifest.state[key]} there and "
-                f"{tuple(partition.shape)} here; use that model's config"
-            )
 
 
 def _fill(folder: Path, files: Iterable[RankFiles], state: Mapping[str, Partition]) -> None:
