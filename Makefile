@@ -1,0 +1,56 @@
+# What people and CI run. `make` alone lists it.
+
+PYTHON ?= python3
+# Without an NVIDIA driver PyTorch's own index spares the download of CUDA; TORCH_INDEX= turns that off.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+
+PINS := requirements/dev.txt
+FIRST := $(shell grep -E '^(setuptools|torch)==' $(PINS))
+MADE := .venv/.made
+SOURCES := llm_dist launcher benchmarks tests
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench test-gpu bench-gpu cuda
+
+help: ## list what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(MADE) ## the environment in .venv/ (every other target makes it when it is missing; PYTHON=python3.12 chooses)
+
+# torch goes in before the rest, so that deepspeed is built against the pinned one and nothing brings another.
+$(MADE): pyproject.toml $(PINS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 2; }
+	@echo "making .venv/ (a few minutes, once)"
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(FIRST)
+	.venv/bin/pip install --no-build-isolation -r $(PINS)
+	.venv/bin/pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(MADE) ## raw text to a trained, resumed, evaluated model on 2 ranks; TEXT=path takes your own files
+	.venv/bin/python -m launcher.demo $(if $(TEXT),--text "$(TEXT)")
+
+test: $(MADE) ## the CPU tests; ARGS="-k tokenizer" goes to pytest
+	.venv/bin/pytest -m "not gpu" $(ARGS)
+
+check: $(MADE) ## lint, format, types and the rules of the house
+	.venv/bin/ruff check $(SOURCES)
+	.venv/bin/ruff format --check $(SOURCES)
+	.venv/bin/mypy
+	.venv/bin/pytest -q tests/test_house.py
+
+bench: $(MADE) ## measure against peers and limits on this machine
+	.venv/bin/python -m benchmarks $(ARGS)
+
+test-gpu: cuda ## the tests that need a CUDA device
+	.venv/bin/pytest tests/gpu $(ARGS)
+
+bench-gpu: cuda ## the measurements that need a CUDA device
+	.venv/bin/python -m benchmarks --gpu $(ARGS)
+
+cuda: $(MADE)
+	@.venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "error: torch sees no CUDA device on this machine; nothing was run" >&2; exit 2; }
