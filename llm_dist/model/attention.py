@@ -1,0 +1,147 @@
+"""Causal attention with grouped key/value heads, rotary or no positions, and a cache for generation.
+
+Shape letters: B batch, T sequence, D model width, H heads, K key/value heads, E head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm_dist import config
+from llm_dist.model.layers import Linear, RMSNorm, widened_on
+from llm_dist.model.size import SHORT_ATTENTION_TOKENS
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, fp32 [B or 1, T, 1, E/2]."""
+
+
+def rotary_tables(positions: Tensor, d_head: int, theta: float) -> Rotary:
+    """Angles of positions int64 [B or 1, T] (RoPE, arXiv 2104.09864).
+
+    Computed in each forward pass, so that no buffer can be lost on the meta device or rounded by an engine's cast.
+    """
+    exponents = torch.arange(0, d_head, 2, dtype=torch.float32, device=positions.device) / d_head
+    angles = positions[..., None, None].float() * (1.0 / torch.pow(theta, exponents))
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn the pairs (i, i + E/2) of x [B, T, heads, E] by their position's angles, in fp32."""
+    cos, sin = rotary
+    first, second = x.float().chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Sines at even and cosines at odd places, fp32 [B or 1, T, D] (arXiv 1706.03762, section 3.5).
+
+    There the embedding is multiplied by sqrt(D); here the table is divided by it, which the first norm cannot tell
+    apart and which a Hugging Face position table can hold.
+    """
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+    angles = positions[..., None].float() * torch.pow(10_000.0, -exponents)
+    table = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)[..., :width]
+    return table / math.sqrt(width)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """document_ids int64 [B, T] -> bool [B, 1, T, T]: true where a query may see a key of its document's past."""
+    num_tokens = document_ids.size(1)
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same & causal_mask(num_tokens, num_tokens, document_ids.device)
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Bool [queries, keys] for queries that are the last of the keys."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+class LayerCache:
+    """Keys and values of the tokens one layer has seen, in memory reserved once: [B, K, max tokens, E] each."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.num_tokens = 0
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [B, K, T, E] each and return all there are."""
+        end = self.num_tokens + keys.size(2)
+        assert end <= self.keys.size(2), f"cache of {self.keys.size(2)} tokens cannot hold {end}"
+        self.keys[:, :, self.num_tokens : end] = keys
+        self.values[:, :, self.num_tokens : end] = values
+        self.num_tokens = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Cache:
+    """The layers' caches of one batch of sequences."""
+
+    def __init__(
+        self, model: config.Model, num_sequences: int, max_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (model.layers, 2, num_sequences, model.num_kv_heads, max_tokens, model.d_head)
+        self.layers = [LayerCache(keys, values) for keys, values in torch.empty(shape, dtype=dtype, device=device)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen."""
+        return self.layers[0].num_tokens
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of query [B, H, T, E] to key and value [B, K, S, E] under mask bool [B or 1, 1, T, S].
+
+    Without a mask: causal where T > 1, and a single query sees every key.
+    """
+    dtype = query.dtype
+    if attention_is_widened(query, key.size(2)):
+        query, key, value = query.float(), key.float(), value.float()
+    grouped = query.size(1) != key.size(1)
+    if grouped and mask is not None and query.device.type == "cuda":
+        # torch's fused CUDA kernels take a mask or grouped heads, not both.
+        groups = query.size(1) // key.size(1)
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        grouped = False
+    causal = mask is None and query.size(2) > 1
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped).to(
+        dtype
+    )
+
+
+def attention_is_widened(query: Tensor, num_keys: int) -> bool:
+    """Whether bf16 attention runs on fp32 copies: on a CPU, where that is the faster backward pass."""
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return on_cpu and (num_keys < SHORT_ATTENTION_TOKENS or widened_on(query))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245)."""
+
+    def __init__(self, model: config.Model, bias: bool) -> None:
+        super().__init__()
+        width, width_kv = model.d_model, model.num_kv_heads * model.d_head
+        self.d_head = model.d_head
+        self.query = Linear(width, width, bias)
+        self.key = Linear(width, width_kv, bias)
+        self.value = Linear(width, width_kv, bias)
+        self.output = Linear(width, width, bias)
+        self.query_norm = RMSNorm(model.d_head, model.norm_eps) if model.qk_norm else None
+        self.key_norm = RMSNorm(model.d_head, model.norm_eps) if model.qk_norm else None
+
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        split = (*x.shape[:2], -1, self.d_head)
+        query, key, value = self.query(x).view(split), self.key(x).view(split), self.value(x).view(split)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        mixed: Tensor = self.output(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+        return mixed
