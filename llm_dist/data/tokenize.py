@@ -1,0 +1,256 @@
+"""The job that makes token shards: documents -> ids -> shuffled once -> `train` and `holdout` shard folders.
+
+Two passes in bounded memory. The first encodes documents and spills them to buckets by hash; the second reads the
+buckets in order of hash and writes the shards. The shards are a pure function of (inputs, tokenizer, seed, split,
+holdout). Everything is made in a hidden folder and renamed into place, `train` last: the result is complete if and
+only if `train` is there. Knows no sequence length, model or run.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llm_dist.data.documents import OnBad, Split, Tally, read_files
+from llm_dist.data.encoding import encode, encode_all, num_workers
+from llm_dist.data.folder import DTYPES
+from llm_dist.data.inputs import InputFile, find_files
+from llm_dist.data.output import Output
+from llm_dist.data.parts import ALL_TRAIN, Bytes, Parts, tail
+from llm_dist.data.shards import ShardWriter, dtype_name
+from llm_dist.data.spill import Spill, document_hashes, num_buckets
+from llm_dist.errors import UserError
+from llm_dist.tokenizer import FILES, Tokenizer, load
+
+_UNPACKED = 5
+"""Unpacked bytes per packed byte, to guess how many buckets are needed; the result does not depend on it."""
+_HASH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the job is."""
+
+    stage: str
+    """reading, encoding or writing."""
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One shard folder that was made."""
+
+    folder: str
+    num_documents: int
+    num_tokens: int
+    """Separators count."""
+    num_bytes: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class TokenizeReport:
+    """What was made of what; `dataclasses.asdict` makes it JSON."""
+
+    train: PartReport
+    holdout: PartReport | None
+    holdout_how: str
+    tokenizer: str
+    """The tokenizer's fingerprint."""
+    num_files: int
+    num_skipped_files: int
+    num_empty_documents: int
+    num_bad_records: int
+    first_bad: str | None
+    seconds: float
+    tokens_per_second: float
+    """Over the whole job; 0 when nothing had to be done."""
+    already_made: bool
+    """The same inputs had been tokenized there before; nothing was written."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    files: Sequence[InputFile]
+    tokenizer: Tokenizer
+    output: Output
+    split: Split
+    on_bad: OnBad
+    seed: int
+    holdout: float
+    workers: int
+    progress: Callable[[Progress], None]
+
+    def texts(self, tally: Tally) -> Iterator[str]:
+        for document in read_files(self.files, split=self.split, on_bad=self.on_bad, tally=tally):
+            yield document.text
+
+
+def tokenize(
+    inputs: Sequence[str],
+    tokenizer_folder: str | Path,
+    out: str | Path,
+    *,
+    holdout: float = 0.01,
+    split: Split = "file",
+    on_bad: OnBad = "stop",
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> TokenizeReport:
+    """Make `out/train` and, unless `holdout` is 0, `out/holdout` of the documents in `inputs`.
+
+    `holdout` is a share of the bytes. An unfinished `out` is made anew, a finished one of the same inputs left alone.
+
+    Raises:
+        UserError: bad input, too little text to hold out a part, a full disk, or an `out` that holds something else.
+    """
+    began = time.perf_counter()
+    if not 0 <= holdout < 1:
+        raise UserError(f"--holdout {holdout}: must be a share of the text, at least 0 and below 1")
+    tell = progress or (lambda _: None)
+    tokenizer = load(tokenizer_folder)
+    files, num_skipped = find_files(inputs)
+    try:
+        with Output(Path(out)) as output:
+            files = [_spooled(file, output.work) if file.path is None else file for file in files]
+            tell(Progress("reading"))
+            made_from = {
+                "inputs": [_content(file) for file in files],
+                "tokenizer": tokenizer.fingerprint,
+                "seed": seed,
+                "split": split,
+                "holdout": holdout,
+            }
+            already_made = output.is_made_from(made_from)
+            if not already_made:
+                input_bytes = sum(_unpacked_bytes(file) for file in files)
+                count = num_workers(workers, input_bytes)
+                job = _Job(files, tokenizer, output, split, on_bad, seed, holdout, count, tell)
+                _make(job, made_from, Tally(num_skipped_files=num_skipped), num_buckets(input_bytes))
+            return _report(output, time.perf_counter() - began, already_made=already_made)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{out}: the disk is full; nothing was kept; free space or name another --out") from None
+
+
+def _make(job: _Job, made_from: Mapping[str, Any], tally: Tally, buckets: int) -> None:
+    dtype = DTYPES[dtype_name(job.tokenizer.vocabulary_tokens)]
+    spill = Spill(job.output.work / "spill", buckets, dtype)
+    with ExitStack() as stack:
+        stack.callback(spill.close)
+        num_bytes = _encode(job, tally, spill)
+        parts = _parts(job, num_bytes)
+        _write(job, spill, parts, made_from, tally)
+    job.output.publish()
+
+
+def _encode(job: _Job, tally: Tally, spill: Spill) -> Bytes:
+    """First pass: every document to its bucket."""
+    num_bytes, num_documents, num_tokens = Bytes(), 0, 0
+    for batch in encode_all(job.texts(tally), job.tokenizer, load, job.workers):
+        hashes = document_hashes(job.seed, num_documents, len(batch.num_tokens))
+        spill.write(num_documents, hashes, *batch)
+        num_bytes.add(hashes, batch.num_bytes)
+        num_documents += len(hashes)
+        num_tokens += len(batch.ids)
+        job.progress(Progress("encoding", num_documents, num_tokens, num_bytes.total))
+    return num_bytes
+
+
+def _parts(job: _Job, num_bytes: Bytes) -> Parts:
+    if not job.holdout:
+        return ALL_TRAIN
+    if whole := num_bytes.whole_documents(job.holdout):
+        return whole
+    again = read_files(job.files, split=job.split, on_bad=job.on_bad, tally=Tally())
+    return tail(again, num_bytes.total, job.holdout)
+
+
+def _write(job: _Job, spill: Spill, parts: Parts, made_from: Mapping[str, Any], tally: Tally) -> None:
+    """Second pass: every document to its part, in order of hash."""
+    vocabulary, fingerprint = job.tokenizer.vocabulary_tokens, job.tokenizer.fingerprint
+    done = Progress("writing")
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(ShardWriter(job.output.work / part, vocabulary, fingerprint))
+            for part in (("train", "holdout") if job.holdout else ("train",))
+        ]
+        for number, word, ids, num_bytes in spill.documents():
+            if cut := parts.cut_of(number):
+                pieces = [encode(job.tokenizer, [text]) for text in cut]
+                for writer, piece in zip(writers, pieces, strict=True):
+                    writer.add(piece.ids, int(piece.num_bytes[0]))
+            else:
+                writers[parts.holds(number, word)].add(ids, num_bytes)
+            done = Progress("writing", done.num_documents + 1, done.num_tokens + len(ids), done.num_bytes + num_bytes)
+            if done.num_documents % 4096 == 0:
+                job.progress(done)
+        outcome = {
+            "holdout_how": parts.how,
+            "num_files": tally.num_files,
+            "num_skipped_files": tally.num_skipped_files,
+            "num_empty_documents": tally.num_empty_documents,
+            "num_bad_records": tally.num_bad_records,
+            "first_bad": tally.first_bad,
+        }
+        for writer in writers:
+            writer.close([job.tokenizer.folder / name for name in FILES], {**made_from, "outcome": outcome})
+    job.progress(done)
+
+
+def _report(output: Output, seconds: float, *, already_made: bool) -> TokenizeReport:
+    parts = {part: output.dataset(part) for part in ("train", "holdout")}
+    reports = {
+        part: PartReport(
+            str(output.folder / part),
+            *(dataset[key] for key in ("num_documents", "num_tokens", "num_bytes", "fingerprint")),
+        )
+        for part, dataset in parts.items()
+        if dataset is not None
+    }
+    train = parts["train"]
+    assert train is not None, "a finished output has its train part"
+    num_tokens = sum(report.num_tokens for report in reports.values())
+    return TokenizeReport(
+        reports["train"],
+        reports.get("holdout"),
+        tokenizer=train["tokenizer"],
+        seconds=seconds,
+        tokens_per_second=0.0 if already_made else num_tokens / seconds,
+        already_made=already_made,
+        **train["made_from"]["outcome"],
+    )
+
+
+def _spooled(file: InputFile, folder: Path) -> InputFile:
+    """Standard input as a file, since it is read more than once."""
+    import shutil
+    import sys
+
+    path = folder / "standard_input.txt"
+    with path.open("wb") as spool:
+        shutil.copyfileobj(sys.stdin.buffer, spool, _HASH_BYTES)
+    return replace(file, path=path)
+
+
+def _content(file: InputFile) -> dict[str, Any]:
+    """Name, size and sha256 of an input file as it lies on disk."""
+    assert file.path is not None, "standard input has been spooled"
+    with file.path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256")
+        return {"name": file.name, "bytes": stream.tell(), "sha256": sha256.hexdigest()}
+
+
+def _unpacked_bytes(file: InputFile) -> int:
+    assert file.path is not None, "standard input has been spooled"
+    return file.path.stat().st_size * (_UNPACKED if file.packing or file.format == "parquet" else 1)
