@@ -1,0 +1,41 @@
+"""The engine a run file names, ready to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llm_dist import config
+from llm_dist.engine import blocks
+from llm_dist.engine.engine import Engine, FillParameter, Trainee
+from llm_dist.errors import UserError
+from llm_dist.runtime import Runtime
+
+
+def build(
+    trainee: Trainee, fill: FillParameter, run: config.Config, runtime: Runtime, report: Callable[[str], None]
+) -> Engine:
+    """Prepare the trainee's blocks, then hand it to the engine; collective: all ranks call this.
+
+    Args:
+        trainee: module to train, with `blocks`.
+        fill: full initial value of each parameter, by name.
+        run: the run file.
+        runtime: this process.
+        report: where a remark for the user goes.
+    """
+    if run.engine.shard_ranks is not None and run.engine.name != "fsdp":
+        raise UserError(f'engine.shard_ranks works with engine.name="fsdp", not "{run.engine.name}"')
+    blocks.prepare(trainee.blocks, run.engine, run.model.dropout > 0, report)
+    match run.engine.name:
+        case "plain":
+            from llm_dist.engine.plain import PlainEngine
+
+            return PlainEngine(trainee, fill, run, runtime)
+        case "zero":
+            from llm_dist.engine.zero import ZeroEngine
+
+            return ZeroEngine(trainee, fill, run, runtime)
+        case "fsdp":
+            from llm_dist.engine.fsdp import FsdpEngine
+
+            return FsdpEngine(trainee, fill, run, runtime)

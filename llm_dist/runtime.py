@@ -1,0 +1,134 @@
+"""This process among the others: rank, device, process group, and the few collectives the trainer needs.
+
+The only room that reads RANK, WORLD_SIZE and LOCAL_RANK. The same code runs on CPU (gloo) and GPU (NCCL): tensors on
+the host always travel over gloo, so that agreeing on something never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm_dist.errors import UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Who this process is."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank reports for all."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes; collective: all ranks call this."""
+        if self.ranks == 1:
+            return flag
+        votes = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add `values` over all ranks, in place, and return it; collective: all ranks call this."""
+        if self.ranks > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share(self, value: Any, source: int = 0) -> Any:
+        """Give every rank the JSON-able `value` of rank `source`; collective: all ranks call this."""
+        if self.ranks == 1:
+            return value
+        text = json.dumps(value).encode() if self.rank == source else b""
+        length = torch.tensor([len(text)])
+        dist.broadcast(length, src=source)
+        letters = torch.frombuffer(bytearray(text or bytes(int(length))), dtype=torch.uint8)
+        dist.broadcast(letters, src=source)
+        return json.loads(letters.numpy().tobytes())
+
+    def barrier(self) -> None:
+        """Wait for every rank; collective: all ranks call this."""
+        self.any(False)
+
+    def first_error(self, error: Exception | None) -> str | None:
+        """Let all ranks know that one of them failed; the lowest such rank's words, or None.
+
+        Collective: all ranks call this, so that no rank waits for one that has raised.
+        """
+        failing = torch.full((), self.ranks, dtype=torch.int64)
+        if error is not None:
+            failing.fill_(self.rank)
+        if self.ranks > 1:
+            dist.all_reduce(failing, op=dist.ReduceOp.MIN)
+        source = int(failing)
+        if source == self.ranks:
+            return None
+        words: str = self.share(str(error), source)
+        return words
+
+
+def start(deterministic: bool = False) -> Runtime:
+    """Join the process group that the launcher described in the environment; alone when it described none."""
+    # Vendors still call names that torch 2.13 is renaming; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device(local_rank)
+    torch.use_deterministic_algorithms(deterministic and device.type == "cuda")
+    if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu":
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if ranks == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
+    return Runtime(rank, ranks, local_rank, device)
+
+
+def stop() -> None:
+    """Leave the process group; nothing to do when there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank with LOCAL_RANK={local_rank} has no GPU: this host has {torch.cuda.device_count()}; start fewer ranks"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed that is a pure function of its parts; equal in every process and version."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def versions() -> dict[str, str]:
+    """What this process runs on, for source.json and checkpoints."""
+    found = {"torch": torch.__version__, "python": os.sys.version.split()[0], "host": socket.gethostname()}  # type: ignore[attr-defined]
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    return found
