@@ -22,7 +22,7 @@ venv: $(MADE) ## the environment in .venv/ (every other target makes it when it 
 # torch goes in before the rest, so that deepspeed is built against the pinned one and nothing brings another.
 $(MADE): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 2; }
+		|| { echo "error: $(PYTHON) is not a Python of at least 3.11; name one: make PYTHON=python3.12" >&2; exit 2; }
 	@echo "making .venv/ (a few minutes, once)"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(FIRST)
