@@ -8,25 +8,22 @@ Shape letters: B batch, T sequence, D model width, E head width, F feed-forward 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@cache
-def host_multiplies_bf16() -> bool:
-    """Whether this machine's CPU kernels multiply bf16 matrices faster than fp32 ones (AVX-512 or AMX on x86)."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+HOST_MULTIPLIES_BF16: bool = (
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+"""Whether this machine's CPU kernels multiply bf16 matrices faster than fp32 ones (AVX-512 or AMX on x86)."""
 
 
 def widened_on(x: Tensor) -> bool:
     """Whether products of `x` are best computed on fp32 copies: bf16 on a CPU without bf16 units."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not host_multiplies_bf16()
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not HOST_MULTIPLIES_BF16
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def test_norm_statistics_are_fp32(kind):
 
 @pytest.mark.parametrize("native", [True, False], ids=["bf16-units", "no-bf16-units"])
 def test_bf16_linear_keeps_fp32_weights_exact_to_rounding(monkeypatch, native):
-    monkeypatch.setattr(layers, "host_multiplies_bf16", lambda: native)
+    monkeypatch.setattr(layers, "HOST_MULTIPLIES_BF16", native)
     layer = filled(Linear(32, 24, bias=True))
     x = torch.randn(2, 5, 32).to(torch.bfloat16).requires_grad_()
     y = layer(x)
