@@ -24,9 +24,10 @@ FLOORS = (
     ("data", "curate", "engine", "generate"),
     ("checkpoint", "evaluate", "exchange", "probe"),
     ("train", "launcher"),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
-"""From the ground up: a room imports rooms of lower floors only."""
+"""From the ground up: a room imports rooms of lower floors only. (`__main__` is cli's door, so it stands above it.)"""
 
 SHARED_ROOMS = {"tokenizer_training": "tokenizer"}
 """Files that live in the room of another file."""
