@@ -17,16 +17,19 @@ Check = Callable[[list[house.Module]], list[str]]
 
 @pytest.mark.parametrize("check", [house.floor_breaches, house.circles, house.vendor_breaches, house.rank_breaches])
 def test_rooms_know_only_what_they_may(check: Check) -> None:
-    assert not check(HOUSE)
+    found = check(HOUSE)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("check", [house.size_breaches, house.name_breaches])
 def test_files_keep_to_their_sizes_and_names(check: Check) -> None:
-    assert not check(EVERYTHING)
+    found = check(EVERYTHING)
+    assert not found, "\n".join(found)
 
 
 def test_torch_free_rooms_load_no_torch() -> None:
-    assert not house.torch_breaches(ROOT, HOUSE)
+    found = house.torch_breaches(ROOT, HOUSE)
+    assert not found, "\n".join(found)
 
 
 def test_every_room_on_the_floors_stands() -> None:
