@@ -1,0 +1,81 @@
+"""Joins a run file with what its shard folder says, plans it, and looks for what would make it fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_dist.config import Config
+from llm_dist.data.index import read_dataset
+from llm_dist.plan import USABLE_MEMORY, Plan, make_plan, memory_of
+
+MAX_SUGGESTED_RANKS = 16_384
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """What planning needs to know of the training data."""
+
+    vocabulary_tokens: int
+    num_tokens: int | None
+    """None: the shard folder is not there yet and the vocabulary is the run file's guess."""
+
+
+def data_size(config: Config, must_exist: bool) -> DataSize:
+    """Sizes from the shard folder; where it is not there yet, from the run file.
+
+    Raises:
+        UserError: it must exist and does not, or it is broken.
+    """
+    folder = Path(config.data.train)
+    if not must_exist and not (folder / "dataset.json").exists():
+        return DataSize(config.plan.vocabulary_tokens, None)
+    dataset = read_dataset(folder)
+    return DataSize(int(dataset["vocabulary_tokens"]), int(dataset["num_tokens"]))
+
+
+def plan_of(config: Config, data: DataSize, ranks: int, gpu: str | None = None, price: float | None = None) -> Plan:
+    """Plan a run on `ranks` ranks."""
+    return make_plan(config, data.vocabulary_tokens, ranks, data.num_tokens, gpu=gpu, price_per_hour=price)
+
+
+def what_fits(config: Config, vocabulary_tokens: int, plan: Plan) -> str | None:
+    """The smallest change after which a run fits: micro-batch, then recompute, then sharding, then more ranks.
+
+    None where it fits already or no GPU was named.
+    """
+    if plan.pace is None or plan.pace.fits:
+        return None
+    ranks, micro_batch = plan.rows.ranks, config.batch.sequences_per_micro_batch
+    halves = [micro_batch >> power for power in range(1, micro_batch.bit_length())]
+    recompute, sharded = {"recompute": "full"}, {"name": "fsdp", "recompute": "full"}
+    tries: list[tuple[int, int, dict[str, Any]]] = [
+        *((ranks, rows, {}) for rows in halves),
+        *((ranks, rows, recompute) for rows in (micro_batch, *halves)),
+        *((ranks << power, 1, sharded) for power in range((MAX_SUGGESTED_RANKS // ranks).bit_length())),
+    ]
+    for many, rows, engine in tries:
+        changed = _changed(config, rows, engine)
+        if memory_of(changed, vocabulary_tokens, many).peak <= plan.pace.memory_bytes * USABLE_MEMORY:
+            return _words(config, changed, ranks, many)
+    return "a smaller model or a shorter data.sequence_tokens: no number of ranks makes this one fit"
+
+
+def _changed(config: Config, rows: int, engine: dict[str, Any]) -> Config:
+    if engine.get("name") == "fsdp":
+        engine = {**engine, "shard_ranks": None}
+    return config.model_copy(
+        update={
+            "batch": config.batch.model_copy(update={"sequences_per_micro_batch": rows}),
+            "engine": config.engine.model_copy(update=engine),
+        }
+    )
+
+
+def _words(before: Config, after: Config, ranks: int, many: int) -> str:
+    words = []
+    for section in ("batch", "engine"):
+        old, new = getattr(before, section).model_dump(), getattr(after, section).model_dump()
+        words += [f"{section}.{key}={value}" for key, value in new.items() if value != old[key]]
+    return " ".join(words + ([f"--ranks {many}"] if many != ranks else []))
