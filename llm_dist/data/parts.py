@@ -102,14 +102,14 @@ def _tail_in(document: Document, number: int, start: int, total_bytes: int, want
     """The tail of about `wanted` bytes that begins in or beside document `number`, itself beginning at `start`."""
     end = start + num_utf8_bytes(document.text)
     how = "the input's tail, since whole documents cannot make the share"
-    nearest = min((start, end), key=lambda border: abs(total_bytes - wanted - border))
+    borders = [border for border in (start, end) if 0 < border < total_bytes]
+    nearest = min(borders, key=lambda border: abs(total_bytes - wanted - border), default=0)
     between = Parts(f"{how}; cut between documents", tail_from=number + (nearest == end))
-    can_be_between = 0 < nearest < total_bytes
-    if can_be_between and wanted / 2 <= total_bytes - nearest <= 2 * wanted:
+    if borders and wanted / 2 <= total_bytes - nearest <= 2 * wanted:
         return between
     content, left = document.text.encode(), total_bytes - start
     place, border = _cut(content, left - wanted, range(left - 2 * wanted, left - wanted // 2 + 1))
-    if place is None and can_be_between:
+    if place is None and borders:
         return between
     if place is None:
         raise UserError(
