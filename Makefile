@@ -1,8 +1,6 @@
 # What people and CI run. `make` alone lists it.
 
 PYTHON ?= python3
-# Without an NVIDIA driver PyTorch's own index spares the download of CUDA; TORCH_INDEX= turns that off.
-TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
 PINS := requirements/dev.txt
 FIRST := $(shell grep -E '^(setuptools|torch)==' $(PINS))
@@ -25,7 +23,7 @@ $(MADE): pyproject.toml $(PINS)
 		|| { echo "error: $(PYTHON) is not a Python of at least 3.11; name one: make PYTHON=python3.12" >&2; exit 2; }
 	@echo "making .venv/ (a few minutes, once)"
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(FIRST)
+	.venv/bin/pip install $(FIRST)
 	.venv/bin/pip install --no-build-isolation -r $(PINS)
 	.venv/bin/pip install --no-deps --no-build-isolation -e .
 	@touch $@

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import socket
 import warnings
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from llm_dist.errors import UserError
 
@@ -97,7 +99,7 @@ def start(deterministic: bool = False) -> Runtime:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if ranks == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
     return Runtime(rank, ranks, local_rank, device)
@@ -114,7 +116,7 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"rank with LOCAL_RANK={local_rank} has no GPU: this host has {torch.cuda.device_count()}; start fewer ranks"
+            f"rank with LOCAL_RANK={local_rank} has no GPU: the host has {torch.cuda.device_count()}; start fewer ranks"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -128,7 +130,7 @@ def derived_seed(*parts: int | str) -> int:
 
 def versions() -> dict[str, str]:
     """What this process runs on, for source.json and checkpoints."""
-    found = {"torch": torch.__version__, "python": os.sys.version.split()[0], "host": socket.gethostname()}  # type: ignore[attr-defined]
+    found = {"torch": torch.__version__, "python": platform.python_version(), "host": socket.gethostname()}
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
     return found

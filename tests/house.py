@@ -23,13 +23,13 @@ FLOORS = (
     ("plan", "objectives", "metrics"),
     ("data", "curate", "engine", "generate"),
     ("checkpoint", "evaluate", "exchange", "probe"),
-    ("train", "launcher"),
+    ("train", "trained", "launcher"),
     ("cli",),
     ("__main__",),
 )
 """From the ground up: a room imports rooms of lower floors only. (`__main__` is cli's door, so it stands above it.)"""
 
-SHARED_ROOMS = {"tokenizer_training": "tokenizer"}
+SHARED_ROOMS = {"tokenizer_training": "tokenizer", "tokenizer_vocabulary": "tokenizer"}
 """Files that live in the room of another file."""
 
 NEVER = {("engine", "model"), ("engine", "data"), ("model", "runtime")}
@@ -39,7 +39,13 @@ NOT_SHIPPED = {"tests", "benchmarks"}
 
 TORCH_FREE = (
     *("launcher", "llm_dist.errors", "llm_dist.config", "llm_dist.plan", "llm_dist.curate", "llm_dist.cli"),
-    *("llm_dist.tokenizer", "llm_dist.tokenizer_training", "llm_dist.model.size", "llm_dist.checkpoint.layout"),
+    *(
+        "llm_dist.tokenizer",
+        "llm_dist.tokenizer_training",
+        "llm_dist.tokenizer_vocabulary",
+        "llm_dist.model.size",
+        "llm_dist.checkpoint.layout",
+    ),
     *("llm_dist.data.index", "llm_dist.data.order"),
     *("llm_dist.data.documents", "llm_dist.data.shards", "llm_dist.data.tokenize"),
 )

@@ -1,0 +1,290 @@
+"""`llm-dist`: one command per thing a person does. Each imports its room when it runs, so that --help answers at once.
+
+Manners of every command: progress on standard error, results on standard output, with --json one JSON object as its
+last line; a user's mistake is one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from llm_dist.errors import UserError, exit_code_of
+
+SETTINGS: dict[str, Any] = {"add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
+app = typer.Typer(help="From raw text to a trained, evaluated, exported language model.", **SETTINGS)
+tokenizer_app = typer.Typer(help="Train tokenizers.", **SETTINGS)
+data_app = typer.Typer(help="Look into token shards.", **SETTINGS)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+Inputs = Annotated[
+    list[str], typer.Argument(metavar="INPUT...", help="Files, folders or globs of .txt, .jsonl, .parquet; - is stdin.")
+]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to make.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE...]", help="Override keys.")]
+Source = Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="Run file (.toml) or run folder.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder or checkpoint folder.")]
+Step = Annotated[int | None, typer.Option(help="Checkpoint of this step instead of the latest.")]
+Best = Annotated[bool, typer.Option("--best", help="Checkpoint of the best validation loss.")]
+Split = Annotated[Literal["file", "blank-line", "line"], typer.Option(help="What a document is in .txt.")]
+OnBad = Annotated[Literal["stop", "skip"], typer.Option(help="At a broken record: stop, or skip and count it.")]
+Precision = Literal["fp32", "bf16"]
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@tokenizer_app.command("train", epilog=_examples("llm-dist tokenizer train corpus/ --vocab-size 8192 --out tokenizer"))
+def tokenizer_train(
+    inputs: Inputs,
+    vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary, special ones included.")],
+    out: Out,
+    kind: Annotated[Literal["bpe", "unigram", "wordpiece", "byte-bpe"], typer.Option("--type")] = "bpe",
+    lowercase: Annotated[bool, typer.Option(help="wordpiece: fold case.")] = False,
+    split: Split = "file",
+    on_bad: OnBad = "stop",
+    as_json: Json = False,
+) -> None:
+    """Train a tokenizer on raw text."""
+
+    def work() -> Any:
+        from llm_dist import tokenizer_training
+        from llm_dist.data.documents import Tally, read_documents
+
+        texts = (d.text for d in read_documents(inputs, split=split, on_bad=on_bad, tally=Tally()))
+        return tokenizer_training.train(texts, kind, vocab_size, out, lowercase=lowercase)
+
+    _finish(work, as_json)
+
+
+@app.command(epilog=_examples("llm-dist tokenize corpus/ --tokenizer tokenizer --out shards --holdout 0.01"))
+def tokenize(
+    inputs: Inputs,
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder.")],
+    out: Out,
+    holdout: Annotated[float, typer.Option(help="Share of the text held out for evaluation.")] = 0.01,
+    split: Split = "file",
+    on_bad: OnBad = "stop",
+    seed: Annotated[int, typer.Option(help="Seeds the order of documents and what is held out.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn raw text into token shards: OUT/train and OUT/holdout."""
+
+    def work() -> Any:
+        from llm_dist.data.tokenize import tokenize as run
+
+        return run(inputs, tokenizer, out, holdout=holdout, split=split, on_bad=on_bad, seed=seed, workers=workers)
+
+    _finish(work, as_json)
+
+
+@data_app.command("inspect", epilog=_examples("llm-dist data inspect shards/train"))
+def data_inspect(folder: Path, as_json: Json = False) -> None:
+    """Show what a shard folder holds."""
+
+    def work() -> Any:
+        from llm_dist.data.survey import survey
+
+        return survey(folder)
+
+    _finish(work, as_json)
+
+
+@data_app.command("verify", epilog=_examples("llm-dist data verify shards/train"))
+def data_verify(folder: Path, as_json: Json = False) -> None:
+    """Recompute every checksum and count; name each damaged shard; exit code 1 when there is one."""
+
+    def work() -> int:
+        from llm_dist.data.verify import verify
+
+        damages = verify(folder)
+        _show({"folder": str(folder), "damaged": [asdict(damage) for damage in damages]}, as_json)
+        return int(bool(damages))
+
+    raise typer.Exit(exit_code_of(work))
+
+
+@data_app.command("order", epilog=_examples("llm-dist data order runs/demo --steps 0:100 --ranks 8"))
+def data_order(
+    source: Source,
+    steps: Annotated[str, typer.Option(help="Range A:B of steps, B excluded.")],
+    ranks: Annotated[int, typer.Option(help="Ranks that would read it; the hash does not depend on them.")] = 1,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Hash the tokens that a range of steps reads: equal hashes mean equal data in equal order."""
+
+    def work() -> Any:
+        from llm_dist import config
+        from llm_dist.data.index import open_shards
+        from llm_dist.data.order import Order, order_hash
+
+        run = config.load(source, overrides or ())
+        chosen = _range(steps)
+        shards = open_shards(run.data.train)
+        order = Order(shards.num_tokens, run.data.sequence_tokens, run.run.seed)
+        per_step = run.batch.tokens_per_step // run.data.sequence_tokens
+        return {
+            "hash": order_hash(shards, order, chosen, per_step, ranks),
+            "steps": steps,
+            "ranks": ranks,
+            "sequences_per_step": per_step,
+            "first_epoch": chosen.start * per_step / order.sequences_per_epoch,
+            "last_epoch": chosen.stop * per_step / order.sequences_per_epoch,
+        }
+
+    _finish(work, as_json)
+
+
+@app.command(
+    epilog=_examples(
+        "llm-dist train configs/demo.toml run.steps=200", "torchrun --nproc-per-node 8 -m llm_dist train RUN"
+    )
+)
+def train(
+    source: Source,
+    overrides: Overrides = None,
+    accept: Annotated[list[str] | None, typer.Option(help="Key that may change from here on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train, or go on with, a run: as one rank alone or as one of those torchrun or llm-launch started."""
+
+    def work() -> int:
+        from llm_dist.train.start import start
+
+        code = start(source, overrides or (), accept or ())
+        if as_json:
+            _show({"exit_code": int(code), "exit": code.name.lower()}, as_json)
+        return code
+
+    raise typer.Exit(exit_code_of(work))
+
+
+@app.command("eval", epilog=_examples("llm-dist eval runs/demo --data shards/holdout --json"))
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(help="Shard folder to score.")],
+    step: Step = None,
+    best: Best = False,
+    precision: Annotated[Precision | None, typer.Option(help="The run's own by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity and bits per byte on held-out shards, every token scored once."""
+
+    def work() -> Any:
+        from llm_dist import trained
+        from llm_dist.data.index import open_shards
+
+        return trained.score(trained.find(checkpoint, step, best), open_shards(data), precision)
+
+    _finish(work, as_json)
+
+
+@app.command(epilog=_examples('llm-dist generate runs/demo --prompt "The world" --temperature 0.8 --top-k 50'))
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="Text to go on from; may be empty.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among the K likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that make up this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seeds the sampling.")] = 0,
+    step: Step = None,
+    best: Best = False,
+    as_json: Json = False,
+) -> None:
+    """Let a model write."""
+
+    def work() -> int:
+        from llm_dist import trained
+        from llm_dist.generate import generate as run
+
+        source = trained.find(checkpoint, step, best)
+        stream = sys.stderr if as_json else sys.stdout
+        stream.write(prompt)
+        result = run(
+            source.model(),
+            source.tokenizer,
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_text=lambda text: (stream.write(text), stream.flush()),
+        )
+        stream.write("\n")
+        if as_json:
+            _show(result, as_json)
+        return 0
+
+    raise typer.Exit(exit_code_of(work))
+
+
+@app.command(epilog=_examples("llm-dist export runs/demo --out demo-hf"))
+def export(
+    checkpoint: Checkpoint,
+    out: Out,
+    dtype: Annotated[Precision, typer.Option(help="Of the exported weights.")] = "fp32",
+    step: Step = None,
+    best: Best = False,
+    as_json: Json = False,
+) -> None:
+    """Write a Hugging Face folder that transformers loads with no custom code."""
+
+    def work() -> Any:
+        from llm_dist import trained
+
+        return trained.export_to(trained.find(checkpoint, step, best), out, dtype)
+
+    _finish(work, as_json)
+
+
+def _range(text: str) -> range:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise UserError(f"--steps {text} must read A:B with A < B, for example 0:100")
+    return range(int(first), int(last))
+
+
+def _finish(work: Callable[[], Any], as_json: bool) -> None:
+    def act() -> int:
+        _show(work(), as_json)
+        return 0
+
+    raise typer.Exit(exit_code_of(act))
+
+
+def _show(result: Any, as_json: bool) -> None:
+    fields = asdict(result) if is_dataclass(result) and not isinstance(result, type) else dict(result)
+    if as_json:
+        print(json.dumps(fields, default=str))
+        return
+    width = max(map(len, fields), default=0)
+    for name, value in fields.items():
+        print(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()

@@ -1,0 +1,81 @@
+"""How well a model predicts held-out text: every token scored once, as perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llm_dist.batch import NOT_SCORED, Batch, LossSum
+from llm_dist.data.holdout import HoldoutWindows
+from llm_dist.data.index import ShardSet
+from llm_dist.objectives import Objective
+from llm_dist.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result on one held-out folder."""
+
+    loss_nats: float
+    """Mean negative log-likelihood per token."""
+    perplexity: float
+    """exp(loss_nats); infinite where that overflows."""
+    bits_per_byte: float
+    """Bits per UTF-8 byte of the text: comparable between tokenizers."""
+    tokens: int
+    """Tokens scored."""
+    bytes: int
+    """UTF-8 bytes of the text that was scored."""
+
+
+def evaluate(
+    loss_of: Callable[[Batch], LossSum],
+    objective: Objective,
+    shards: ShardSet,
+    runtime: Runtime,
+    *,
+    sequence_tokens: int,
+    document_mask: bool = False,
+    sequences_per_batch: int = 8,
+    max_sequences: int | None = None,
+) -> Evaluation:
+    """Score a held-out folder in consecutive windows of `sequence_tokens`, partial ones included.
+
+    Collective: all ranks call this. Windows are dealt to the ranks in turn, and every rank makes the same number of
+    calls of `loss_of`, because an engine that shards parameters gathers them in each.
+    """
+    windows = HoldoutWindows(shards, sequence_tokens, document_mask, max_sequences)
+    own = range(runtime.rank, windows.num_windows, runtime.ranks)
+    most_windows = -(-windows.num_windows // runtime.ranks)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for first in range(0, most_windows, sequences_per_batch):
+        chosen = own[first : first + sequences_per_batch]
+        batch = _batch(windows, chosen, objective, sequences_per_batch)
+        loss = loss_of(batch.to(runtime.device))
+        sums += torch.stack([loss.nats.double(), loss.tokens.double()]).cpu()
+    nats, tokens = runtime.sum(sums).tolist()
+    return _evaluation(nats, int(tokens), windows.num_bytes)
+
+
+def _batch(windows: HoldoutWindows, chosen: range, objective: Objective, num_rows: int) -> Batch:
+    """The chosen windows as one batch; positions that are padding, or another window's to score, are not scored."""
+    rows = [windows.window(index) for index in chosen]
+    width = windows.sequence_tokens + 1
+    tokens = np.stack([row.tokens for row in rows]) if rows else np.zeros((0, width), np.int64)
+    documents = None
+    if windows.document_mask:
+        documents = np.stack([row.document_ids for row in rows]) if rows else np.zeros((0, width), np.int64)
+    batch = objective.make_batch(tokens, documents, num_rows)
+    for position, row in enumerate(rows):
+        batch.labels[position, row.num_scored :] = NOT_SCORED
+    return batch
+
+
+def _evaluation(nats: float, tokens: int, num_bytes: int) -> Evaluation:
+    mean = nats / max(1, tokens)
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return Evaluation(mean, perplexity, nats / math.log(2) / max(1, num_bytes), tokens, num_bytes)

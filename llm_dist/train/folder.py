@@ -1,0 +1,113 @@
+"""The run folder: who owns it, which attempt this is, and what the run was made from.
+
+config.json   the frozen run file            attempts/      one record per start
+source.json   code, versions, host           checkpoints/   step_00000100/ ...
+metrics.jsonl one line per logged step       logs/          one file per rank
+tokenizer/    copy of the data's             tensorboard/   mirror of metrics.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_dist import config, runtime
+from llm_dist.errors import UserError
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.source = path / "source.json"
+        self.metrics = path / "metrics.jsonl"
+        self.heartbeat = path / "heartbeat.json"
+        self.attempts = path / "attempts"
+        self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
+
+    def open(self, run: config.Config, accepted: Sequence[str]) -> config.Config:
+        """Create the folder or join the run it holds; returns the run file with its schedule frozen.
+
+        Only rank 0 calls this.
+
+        Raises:
+            ResumeRefused: the folder holds another run.
+            UserError: the folder holds something that is no run, or cannot be written.
+        """
+        if self.config.is_file():
+            before = config.load(self.config)
+            if run.optim.total_steps is None:
+                update = {"total_steps": before.optim.total_steps}
+                run = run.model_copy(update={"optim": run.optim.model_copy(update=update)})
+            config.check_resume(before, run, accepted)
+        elif self.path.is_dir() and any(entry.name != "logs" for entry in self.path.iterdir()):
+            raise UserError(f"{self.path} exists and is not a run folder; choose another run.name or run.dir")
+        run = run.frozen()
+        try:
+            self.attempts.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            write_atomically(self.config, run.to_json())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
+        return run
+
+    def begin_attempt(self, record: dict[str, Any], tokenizer: Path, accepted: Sequence[str]) -> int:
+        """Take the next attempt number; a number is taken once, whoever else starts. Only rank 0 calls this.
+
+        The run keeps a copy of its tokenizer, so that its checkpoints can be used without its data.
+        """
+        if not self.tokenizer.exists():
+            copied = self.tokenizer.with_name("tokenizer.tmp")
+            shutil.copytree(tokenizer, copied, dirs_exist_ok=True)
+            copied.rename(self.tokenizer)
+        number = 1 + max((int(path.stem.split("_")[1]) for path in self.attempts.glob("attempt_*.json")), default=0)
+        while True:
+            try:
+                descriptor = os.open(self._attempt_path(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                break
+            except FileExistsError:
+                number += 1
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({"attempt": number, "started": time.time(), "accepted": list(accepted), **record}, file)
+        write_atomically(self.source, json.dumps(_source_of_the_code(), indent=2) + "\n")
+        return number
+
+    def _attempt_path(self, number: int) -> Path:
+        return self.attempts / f"attempt_{number:04d}.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old text or the new, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _source_of_the_code() -> dict[str, Any]:
+    """Commit and uncommitted difference of the code that runs, where it runs from a checkout."""
+    here = Path(__file__).parent
+    return {
+        "commit": _git(here, "rev-parse", "HEAD"),
+        "diff": _git(here, "diff", "HEAD"),
+        "versions": runtime.versions(),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

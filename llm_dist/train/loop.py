@@ -1,0 +1,63 @@
+"""The training loop, on one page: data, step, report, evaluate, save, stop.
+
+Every decision here is a function of (run file, step), so that a resumed run takes the same ones.
+"""
+
+from __future__ import annotations
+
+from llm_dist import optim
+from llm_dist.batch import Batch
+from llm_dist.data.loader import Loader
+from llm_dist.errors import Exit
+from llm_dist.plan import num_micro_batches
+from llm_dist.train.session import Session
+
+
+def train(session: Session) -> Exit:
+    """Run from the session's step to `run.steps`; collective: all ranks call this.
+
+    Returns `Exit.DONE`, or `Exit.STOPPED` when any rank was asked to stop: then a checkpoint stands at that step.
+    """
+    run, account, watch = session.run, session.account, session.watch
+    loader = session.parts.loader(account.step)
+    try:
+        while account.step < run.run.steps and not session.is_out_of_patience:
+            with watch.phase("data"):
+                micro_batches = _micro_batches(session, loader)
+                valid_tokens, must_stop = session.agree(sum(batch.num_valid() for batch in micro_batches))
+            if must_stop:
+                return session.leave()
+            with watch.phase("step"):
+                lr = optim.learning_rate(run, account.step)
+                batches = [batch.to(session.parts.runtime.device) for batch in micro_batches]
+                result = session.parts.engine.train_step(batches, valid_tokens, lr, account.step)
+            session.finish_step(valid_tokens)
+            if _is_due(account.step, run.log.every_steps) or account.step == run.run.steps:
+                session.report(result, valid_tokens, lr)
+            is_best = _is_due(account.step, run.eval.every_steps) and session.evaluate()
+            if _is_due(account.step, run.save_every_steps) or (is_best and run.checkpoint.keep_best):
+                session.save()
+        session.finish()
+        return Exit.DONE
+    finally:
+        loader.close()
+
+
+def _micro_batches(session: Session, loader: Loader) -> list[Batch]:
+    """This rank's rows of the next step, cut into equally many micro-batches of equal shape on every rank."""
+    run, parts = session.run, session.parts
+    size = run.batch.sequences_per_micro_batch
+    rows = loader.rows(session.account.step)
+    count = num_micro_batches(parts.sequences_per_step, parts.runtime.ranks, size)
+    return [
+        parts.objective.make_batch(
+            rows.tokens[first : first + size],
+            None if rows.document_ids is None else rows.document_ids[first : first + size],
+            size,
+        )
+        for first in range(0, count * size, size)
+    ]
+
+
+def _is_due(step: int, every_steps: int | None) -> bool:
+    return every_steps is not None and step % every_steps == 0

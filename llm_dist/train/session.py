@@ -1,0 +1,171 @@
+"""One attempt at a run: what the loop asks for between steps, each thing once, on all ranks together."""
+
+from __future__ import annotations
+
+import math
+import resource
+from dataclasses import asdict, dataclass
+
+import torch
+
+from llm_dist import config
+from llm_dist.checkpoint import commit
+from llm_dist.checkpoint.layout import Facts
+from llm_dist.checkpoint.store import Store
+from llm_dist.engine.engine import StepResult
+from llm_dist.errors import Exit, UserError
+from llm_dist.evaluate import Evaluation, evaluate
+from llm_dist.metrics import Metrics
+from llm_dist.train.account import Account
+from llm_dist.train.build import Parts
+from llm_dist.train.progress import Progress
+from llm_dist.train.stop import StopFlag
+from llm_dist.train.watch import Watch
+
+
+@dataclass
+class Session:
+    """The parts of a run, its account, and where it reports and saves."""
+
+    parts: Parts
+    account: Account
+    store: Store
+    metrics: Metrics | None
+    """Rank 0 only."""
+    progress: Progress
+    watch: Watch
+    stop: StopFlag
+    saved_step: int | None = None
+    """Step of the checkpoint this attempt saved or started from."""
+
+    @property
+    def run(self) -> config.Config:
+        """The run file."""
+        return self.parts.run
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether validation has not improved for `eval.patience` evaluations."""
+        patience = self.run.eval.patience
+        return patience is not None and self.account.evaluations_without_improvement >= patience
+
+    def agree(self, own_valid_tokens: int) -> tuple[int, bool]:
+        """The step's valid tokens over all ranks, and whether any rank was asked to stop; collective."""
+        votes = torch.tensor([own_valid_tokens, int(self.stop.is_raised)], dtype=torch.int64)
+        valid_tokens, num_stopping = self.parts.runtime.sum(votes).tolist()
+        return valid_tokens, num_stopping > 0
+
+    def finish_step(self, valid_tokens: int) -> None:
+        """Count a finished step."""
+        self.account.step += 1
+        self.account.tokens += valid_tokens
+        self.watch.step = self.account.step
+        self.progress.count(valid_tokens)
+
+    def report(self, result: StepResult, valid_tokens: int, lr: float) -> None:
+        """Write the step's numbers; collective.
+
+        Raises:
+            UserError: the loss is not a finite number; nothing is saved after that.
+        """
+        nats = self.parts.runtime.sum(result.nats.cpu())
+        loss = float(nats) / max(1, valid_tokens)
+        step = self.account.step
+        if not math.isfinite(loss):
+            raise UserError(
+                f"loss is {loss} at step {step}: lower optim.lr (now {lr:.2g}) or raise optim.warmup_steps, "
+                f"then start again from the checkpoint at step {self.saved_step or 0}"
+            )
+        numbers = self.progress.numbers(self.watch.take())
+        if self.metrics is not None:
+            record = {"loss_nats": loss, "lr": lr, "grad_norm": float(result.grad_norm), "tokens": self.account.tokens}
+            self.metrics.write(step, {**record, **numbers, "memory_bytes": _peak_memory_bytes()})
+        self.progress.show(step, loss)
+
+    def evaluate(self) -> bool:
+        """Score every held-out folder; whether the first one is at its best. Collective."""
+        with self.watch.phase("eval"):
+            results = {name: self._evaluate_one(name) for name in self.parts.data.holdouts}
+        if not results:
+            return False
+        if self.metrics is not None:
+            self.metrics.write(self.account.step, {"eval": {name: asdict(result) for name, result in results.items()}})
+        for name, result in results.items():
+            self.progress.say(
+                f"step {self.account.step}: {name} loss {result.loss_nats:.4f} nats, perplexity "
+                f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte"
+            )
+        return self.account.saw_evaluation(next(iter(results.values())).loss_nats)
+
+    def _evaluate_one(self, name: str) -> Evaluation:
+        run, parts = self.run, self.parts
+        return evaluate(
+            parts.engine.eval_step,
+            parts.objective,
+            parts.data.holdouts[name],
+            parts.runtime,
+            sequence_tokens=run.data.sequence_tokens,
+            document_mask=run.data.document_mask,
+            sequences_per_batch=run.batch.sequences_per_micro_batch,
+            max_sequences=run.eval.max_sequences,
+        )
+
+    def save(self, is_last: bool = False) -> None:
+        """Save the state at the current step, unless that is done; the last save is synchronous. Collective."""
+        if self.saved_step == self.account.step:
+            if is_last:
+                self.store.wait()
+                self._retain()
+            return
+        with self.watch.phase("save"):
+            self.store.save(
+                self.account.step,
+                self.parts.engine.state(),
+                self._facts(),
+                asynchronous=self.run.checkpoint.asynchronous and not is_last,
+            )
+            self.saved_step = self.account.step
+            self._retain()
+
+    def _facts(self) -> Facts:
+        engine = self.run.engine
+        return Facts(
+            fingerprints=self.parts.fingerprints,
+            trajectory=self.account.to_dict(),
+            optimizer_step=self.parts.engine.optimizer_steps,
+            engine=f"{engine.name}{engine.zero_stage if engine.name == 'zero' else ''} {engine.precision}",
+        )
+
+    def _retain(self) -> None:
+        """Delete what need not stay; what is still being written is not counted yet."""
+        if self.parts.runtime.is_first:
+            keep = self.run.checkpoint
+            best_step = self.account.best_step if keep.keep_best else None
+            commit.retain(self.store.folder, keep.keep_last, keep.keep_every_steps, best_step)
+
+    def leave(self) -> Exit:
+        """Save and stop, because a rank was asked to; collective."""
+        self.save(is_last=True)
+        self.progress.say(f"stopped at step {self.account.step}: saved; start again to go on")
+        return Exit.STOPPED
+
+    def finish(self) -> None:
+        """Evaluate and save the end of the run, where the loop has not done so; collective."""
+        if self.account.evaluated_step != self.account.step:
+            self.evaluate()
+        self.save(is_last=True)
+        why = "finished" if not self.is_out_of_patience else "finished early: validation stopped improving"
+        self.progress.say(f"{why} at step {self.account.step} of {self.run.run.steps}")
+
+    def close(self) -> None:
+        """Let go of files and of what the engine's vendor holds."""
+        if self.metrics is not None:
+            self.metrics.close()
+        self.parts.close()
+
+
+def _peak_memory_bytes() -> int:
+    """Most memory this rank has held: of the GPU where there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

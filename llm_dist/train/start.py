@@ -1,0 +1,116 @@
+"""A start of a run, from its name to its exit code: join the ranks, open the folder, build, restore, train."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from llm_dist import config, runtime
+from llm_dist.checkpoint.store import Store
+from llm_dist.errors import Exit, UserError
+from llm_dist.metrics import Metrics
+from llm_dist.model import size
+from llm_dist.probe import matmul_flops_per_second
+from llm_dist.runtime import Runtime
+from llm_dist.train import build, loop
+from llm_dist.train.build import Parts
+from llm_dist.train.folder import RunFolder
+from llm_dist.train.progress import Progress, say
+from llm_dist.train.restore import restore
+from llm_dist.train.session import Session
+from llm_dist.train.stop import StopFlag
+from llm_dist.train.watch import Watch
+
+T = TypeVar("T")
+
+
+def start(source: str, overrides: Sequence[str] = (), accepted: Sequence[str] = ()) -> Exit:
+    """Train or resume the run that `source` (run file or run folder) names, as one rank of those that were launched.
+
+    Raises:
+        UserError: on every rank alike, whichever rank met the mistake.
+    """
+    run = config.load(source, overrides)
+    stop = StopFlag()
+    here = runtime.start(run.engine.deterministic)
+    try:
+        return _train(run, here, stop, accepted)
+    finally:
+        runtime.stop()
+
+
+def _train(run: config.Config, here: Runtime, stop: StopFlag, accepted: Sequence[str]) -> Exit:
+    folder = RunFolder(run.run.folder)
+    run = config.parse(_on_first(here, lambda: folder.open(run, accepted).model_dump(by_alias=True)))
+    data = _on_all(here, lambda: build.open_data(run))
+    attempt = _on_first(here, lambda: folder.begin_attempt(_record(run, here), data.train.tokenizer_folder, accepted))
+    watch = Watch(folder.heartbeat if here.is_first else None)
+    with watch.phase("build"):
+        parts = build.build(run, here, data, lambda line: say(line, here.is_first))
+    store = Store(folder.checkpoints, here.rank, here.ranks, attempt)
+    store.sweep()
+    with watch.phase("restore"):
+        account = restore(parts, store, here, lambda line: say(line, here.is_first))
+    watch.step = account.step
+    session = Session(
+        parts=parts,
+        account=account,
+        store=store,
+        metrics=Metrics(run, folder.path, attempt, say) if here.is_first else None,
+        progress=_progress(parts, here),
+        watch=watch,
+        stop=stop,
+        saved_step=account.step or None,
+    )
+    session.progress.say(_first_words(session, attempt))
+    try:
+        return loop.train(session)
+    finally:
+        session.close()
+
+
+def _on_first(here: Runtime, action: Callable[[], T]) -> T:
+    """Rank 0's result on every rank, or its mistake; collective."""
+    return here.share(_on_all(here, lambda: action() if here.is_first else None))  # type: ignore[no-any-return]
+
+
+def _on_all(here: Runtime, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; a mistake on any rank is raised on all of them, so that none waits. Collective."""
+    value: T | None = None
+    mistake: UserError | None = None
+    try:
+        value = action()
+    except UserError as error:
+        mistake = error
+    words = here.first_error(mistake)
+    if words is not None:
+        raise UserError(words)
+    return value  # type: ignore[return-value]
+
+
+def _record(run: config.Config, here: Runtime) -> dict[str, object]:
+    return {"host": socket.gethostname(), "ranks": here.ranks, "engine": run.engine.model_dump()}
+
+
+def _progress(parts: Parts, here: Runtime) -> Progress:
+    run, vocabulary = parts.run, parts.data.train.vocabulary_tokens
+    rows = run.batch.sequences_per_micro_batch * run.data.sequence_tokens
+    own = matmul_flops_per_second(here.device, build.COMPUTE_DTYPE[run.engine.precision], rows, run.model.d_model)
+    of_all_ranks = float(here.sum(torch.tensor(own, dtype=torch.float64)))
+    flops = size.flops_per_token(run.model, vocabulary, run.data.sequence_tokens)
+    return Progress(run, flops.full, of_all_ranks, here.is_first)
+
+
+def _first_words(session: Session, attempt: int) -> str:
+    run, step = session.run, session.account.step
+    begun = f"resumed at step {step}" if step else "begins"
+    words = (
+        f"{run.run.folder} attempt {attempt}: {begun} of {run.run.steps} steps, "
+        f"{session.parts.runtime.ranks} ranks, engine {run.engine.name}, {run.engine.precision}"
+    )
+    if run.run.steps > run.schedule_steps:
+        words += f"; the schedule ended at step {run.schedule_steps}, the rate stays at its last value"
+    return words

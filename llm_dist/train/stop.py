@@ -1,0 +1,30 @@
+"""Asked to stop: a signal only raises a flag, and all ranks act on it together at the next step.
+
+Nothing is done inside a signal handler, because a checkpoint begun there would meet a half-updated model.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Which signal arrived, if any; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._raise_flag)
+
+    def _raise_flag(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal_name == "SIGINT":
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self.signal_name is not None

@@ -1,0 +1,118 @@
+"""A trained model taken from a checkpoint for use: scored, sampled, exported. One process, no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llm_dist import config, objectives
+from llm_dist import tokenizer as tokenizers
+from llm_dist.checkpoint import layout
+from llm_dist.checkpoint.store import read_parameters
+from llm_dist.data.index import ShardSet
+from llm_dist.errors import UserError
+from llm_dist.evaluate import Evaluation, evaluate
+from llm_dist.exchange.export import export
+from llm_dist.model.transformer import Transformer
+from llm_dist.objectives import Trainee
+from llm_dist.runtime import Runtime
+from llm_dist.tokenizer import Tokenizer
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint holds, and what is needed to use it."""
+
+    run: config.Config
+    step: int
+    folder: Path
+    tokenizer: Tokenizer
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter by name, full, fp32, verified."""
+        return read_parameters(self.folder)
+
+    def model(self, precision: Precision | None = None) -> Transformer:
+        """The model, ready to use, on the GPU where there is one; `precision` is the run's own by default."""
+        precision = precision or self.run.engine.precision
+        with torch.device("meta"):
+            model = Transformer(self.run.model, self.tokenizer.vocabulary_tokens, DTYPES[precision])
+        weights = self.parameters()
+        if self.run.model.head_is_tied:
+            weights["head.weight"] = weights["embedding.weight"]
+        model.load_state_dict(weights, assign=True)
+        if self.run.model.head_is_tied:
+            model.head.weight = model.embedding.weight
+        return model.to(_device()).eval()
+
+
+def find(path: Path, step: int | None = None, best: bool = False) -> Trained:
+    """The checkpoint that a run folder or checkpoint folder means.
+
+    Raises:
+        UserError: there is none, or the run folder it lies in lacks its run file or tokenizer.
+    """
+    found = layout.find(path, step, best)
+    run_folder = found.folder.parent.parent
+    if not (run_folder / "config.json").is_file():
+        raise UserError(
+            f"{found.folder} does not lie in a run folder; keep it under RUN/checkpoints beside config.json"
+        )
+    run = config.load(run_folder)
+    return Trained(run, found.step, found.folder, tokenizers.load(run_folder / "tokenizer"))
+
+
+def score(trained: Trained, shards: ShardSet, precision: Precision | None = None) -> Evaluation:
+    """Evaluate on a shard folder made with the same tokenizer."""
+    if shards.tokenizer_fingerprint != trained.tokenizer.fingerprint:
+        raise UserError(
+            f"{shards.folder} was made with another tokenizer than this model; tokenize the text with the run's own, "
+            f"{trained.tokenizer.folder}"
+        )
+    run = trained.run
+    objective = objectives.build(run.objective)
+    trainee = Trainee(trained.model(precision), objective)
+    with torch.no_grad():
+        return evaluate(
+            trainee,
+            objective,
+            shards,
+            Runtime(0, 1, 0, _device()),
+            sequence_tokens=run.data.sequence_tokens,
+            document_mask=run.data.document_mask,
+            sequences_per_batch=run.batch.sequences_per_micro_batch,
+        )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_to` wrote."""
+
+    out: str
+    step: int
+    hugging_face_class: str
+    dtype: str
+
+
+def export_to(trained: Trained, out: Path, dtype: Precision) -> Exported:
+    """Write the checkpoint as a Hugging Face folder."""
+    name = export(
+        trained.parameters(),
+        trained.run.model,
+        trained.tokenizer.folder,
+        out,
+        real_vocabulary_tokens=trained.tokenizer.vocabulary_tokens,
+        dtype=dtype,
+    )
+    return Exported(str(out), trained.step, str(name), dtype)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
