@@ -145,7 +145,7 @@ def saved_activation_bytes(
     rotary = sequence_tokens * model.d_head * FP32_BYTES if model.position_kind == "rotary" else 0
     positions = sequence_tokens * 8 if model.position_kind == "learned" else 0
     embedding_dropout = width_bytes if model.dropout else 0
-    final_norm = num_tokens * _norm_bytes(model, precision)
+    final_norm = num_tokens * _norm_bytes(model)
     return blocks + ids + rotary + positions + embedding_dropout + final_norm
 
 
@@ -172,21 +172,21 @@ def block_activation_bytes(
         per_token = width * activation + projections + output + feed_forward
     else:
         cast_output = width * activation if in_attention != activation else 0
-        norms = 2 * (_norm_bytes(model, precision) + width * activation) + _qk_norm_bytes(model, precision)
+        norms = 2 * (_norm_bytes(model) + width * activation) + _qk_norm_bytes(model)
         feed_forward = width_ff * (4 if model.family == "llama" else 2) * activation
         dropout = 2 * width * activation if model.dropout else 0
         per_token = attention + cast_output + norms + feed_forward + dropout
     return num_sequences * sequence_tokens * per_token
 
 
-def _norm_bytes(model: Model, precision: Precision) -> int:
+def _norm_bytes(model: Model) -> int:
     """What one norm keeps per token: its input in fp32, its statistics, and for RMSNorm the normalised input."""
     if model.family == "gpt2":
         return model.d_model * FP32_BYTES + 2 * FP32_BYTES
     return 2 * model.d_model * FP32_BYTES + FP32_BYTES
 
 
-def _qk_norm_bytes(model: Model, precision: Precision) -> int:
+def _qk_norm_bytes(model: Model) -> int:
     heads = model.heads + model.num_kv_heads
     return heads * (2 * model.d_head * FP32_BYTES + FP32_BYTES) if model.qk_norm else 0
 
