@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_dist.errors import UserError
+from llm_dist.tokenizer import read_description
 
 FORMAT = 1
 INDEX_ROW = np.dtype(
@@ -34,6 +35,8 @@ INDEX_ROW = np.dtype(
 CONTINUES = 1
 """Flag: the chunk's first document is the rest of the previous chunk's last one."""
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_MOST_FRAMING_BYTES = 2048
+"""Between a chunk's tokens and its document ends stand padding, a tar header and a .npy header."""
 _COUNTS = ("num_tokens", "num_documents", "num_bytes")
 _DATASET_KEYS = ("dtype", "tokenizer", "vocabulary_tokens", *_COUNTS, "fingerprint", "shards")
 
@@ -128,6 +131,7 @@ def index_mistake(rows: np.ndarray, shard: dict[str, Any], dtype: np.dtype[Any])
     docs_ends = rows["docs_offset"] + rows["num_documents"].astype(np.uint64) * np.uint64(4)
     outside = (rows["num_tokens"] == 0) | (ends > rows["docs_offset"]) | (docs_ends > shard["bytes"])
     outside |= (rows["token_offset"] % np.uint64(64) != 0) | (rows["docs_offset"] % np.uint64(64) != 0)
+    outside |= ends + np.uint64(_MOST_FRAMING_BYTES) < rows["docs_offset"]
     if outside.any():
         return f"chunk {int(outside.argmax())} does not fit the shard and dtype {dtype.name}"
     return None
@@ -135,13 +139,13 @@ def index_mistake(rows: np.ndarray, shard: dict[str, Any], dtype: np.dtype[Any])
 
 def check_tokenizer(folder: Path, fingerprint: str) -> None:
     """The tokenizer folder beside the shards says that it is the one that made them."""
-    path = folder / "tokenizer" / "llm_dist_tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: its tokenizer/ is missing; copy the tokenizer folder it was made with there")
-    found = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+    path = folder / "tokenizer"
+    if not path.is_dir():
+        raise UserError(f"{path}: the shards' tokenizer is missing; copy the folder they were made with there")
+    found = str(read_description(path)["fingerprint"])
     if found != fingerprint:
         raise UserError(
-            f"{folder / 'tokenizer'}: fingerprint {found[:12]}, but the tokens were made with {fingerprint[:12]}; "
+            f"{path}: fingerprint {found[:12]}, but the tokens were made with {fingerprint[:12]}; "
             "put the right tokenizer back or tokenize again"
         )
 

@@ -4,7 +4,7 @@ The stream of n tokens is a circle that starts with a separator. Window i has th
 targets are the tokens one further. So the targets of all ceil(n / T) windows are tokens 1 .. n - 1 and, as the last
 one, the separator at the stream's start, which closes the last document:
 
-    scored tokens = n = tokens of text + documents (each document's end counts, its first separator does not)
+    scored tokens = n = tokens of text + documents (each document's end counts, its own separator does not)
 
 The last window has n - (windows - 1) T scored positions; behind them stand separators that are not scored. Bits per
 byte = nats / ln 2 / num_bytes, num_bytes being the UTF-8 bytes of the text. Knows no model and no torch.
@@ -12,35 +12,50 @@ byte = nats / ln 2 / num_bytes, num_bytes being the UTF-8 bytes of the text. Kno
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+import numpy.typing as npt
 
 from llm_dist.data.index import ShardSet
-from llm_dist.data.loader import Rows, document_ids
-from llm_dist.data.order import Indices
+from llm_dist.data.loader import document_ids
 
 
-def windows(
-    shards: ShardSet, sequence_tokens: int, document_mask: bool = False, max_sequences: int | None = None
-) -> Windows:
-    """The windows of a held-out folder; `max_sequences` takes that many, spread evenly over the stream."""
-    num_windows = -(-shards.num_tokens // sequence_tokens)
-    num_taken = num_windows if max_sequences is None else min(max_sequences, num_windows)
-    # Rounded down, so all windows are taken when none must go; the last and partial one only then.
-    chosen = np.arange(num_taken, dtype=np.int64) * num_windows // max(1, num_taken)
-    return Windows(shards, sequence_tokens, document_mask, chosen)
+@dataclass(frozen=True)
+class HoldoutWindow:
+    """One row of held-out text."""
+
+    tokens: npt.NDArray[np.int64]
+    """[T + 1]: T inputs and the token after them."""
+    document_ids: npt.NDArray[np.int64] | None
+    """[T + 1], counted up at every separator; None without a document mask."""
+    num_scored: int
+    """The first so many of the T positions are scored."""
 
 
-class Windows:
-    """A fixed list of windows, read in any order; `windows` makes it."""
+class HoldoutWindows:
+    """The windows of a held-out folder, read in any order."""
 
-    def __init__(self, shards: ShardSet, sequence_tokens: int, document_mask: bool, chosen: Indices) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        sequence_tokens: int,
+        document_mask: bool = False,
+        max_sequences: int | None = None,
+    ) -> None:
+        """`max_sequences` takes at most that many windows, spread evenly over the stream."""
+        assert max_sequences is None or max_sequences > 0
         self._shards = shards
-        self._sequence_tokens = sequence_tokens
-        self._document_mask = document_mask
-        self._starts = chosen * sequence_tokens
+        self.sequence_tokens = sequence_tokens
+        self.document_mask = document_mask
+        num_all = -(-shards.num_tokens // sequence_tokens)
+        num_windows = min(num_all, max_sequences or num_all)
+        self._starts = np.arange(num_windows, dtype=np.int64) * num_all // num_windows * sequence_tokens
         self._num_scored = np.minimum(sequence_tokens, shards.num_tokens - self._starts)
 
-    def __len__(self) -> int:
+    @property
+    def num_windows(self) -> int:
+        """How many windows there are."""
         return len(self._starts)
 
     @property
@@ -50,29 +65,25 @@ class Windows:
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of the text the scored tokens stand for.
+        """UTF-8 bytes of the text that the scored tokens stand for.
 
-        Exact for the whole folder. When it is cut short, the folder's bytes times the share of tokens scored: the
+        Exact for the whole folder. When it is cut short, the folder's bytes times the share of its tokens scored: the
         windows are then taken to have the folder's bytes per token.
         """
         return round(self._shards.num_bytes * self.num_scored_tokens / self._shards.num_tokens)
 
-    def rows(self, wanted: range) -> Rows:
-        """Windows `wanted` (contiguous positions in this list) as rows [n, T + 1] with their `num_scored`.
+    def window(self, index: int) -> HoldoutWindow:
+        """Window `index` of `num_windows`.
 
         Raises:
-            UserError: a chunk they lie in is damaged.
+            UserError: a chunk it lies in is damaged.
         """
-        starts = self._starts[wanted.start : wanted.stop]
-        num_scored = self._num_scored[wanted.start : wanted.stop]
-        count = self._sequence_tokens + 1
-        tokens = np.empty((len(starts), count), np.int64)
-        self._shards.gather(starts, count, tokens)
-        ids = document_ids(self._shards, starts, count) if self._document_mask else None
-        for row in np.flatnonzero(num_scored < self._sequence_tokens).tolist():
-            end = int(num_scored[row])
-            # The circle goes on with the stream's start; only its separator belongs to this window.
-            tokens[row, end:] = tokens[row, end]
-            if ids is not None:
-                ids[row, end:] = ids[row, end]
-        return Rows(wanted.start, tokens, ids, num_scored)
+        start, num_scored = int(self._starts[index]), int(self._num_scored[index])
+        # Past the last scored target the circle goes on with the stream's start, which is another window's to score.
+        tokens = np.full(self.sequence_tokens + 1, self._shards.tokens(start + num_scored, 1)[0], np.int64)
+        tokens[:num_scored] = self._shards.tokens(start, num_scored)
+        documents = None
+        if self.document_mask:
+            documents = document_ids(self._shards, self._starts[index : index + 1], self.sequence_tokens + 1)[0]
+            documents[num_scored:] = documents[num_scored]
+        return HoldoutWindow(tokens, documents, num_scored)

@@ -33,7 +33,7 @@ from llm_dist.data.folder import (
 )
 from llm_dist.errors import UserError
 
-__all__ = ["CONTINUES", "DTYPES", "FORMAT", "INDEX_ROW", "ShardSet", "index_path", "open_shards"]
+__all__ = ["CONTINUES", "DTYPES", "FORMAT", "INDEX_ROW", "ShardSet", "index_path", "open_shards", "read_dataset"]
 
 MAX_OPEN_SHARDS = 256
 """A map holds a file descriptor; the usual limit is 1024 for the whole process."""

@@ -1,8 +1,8 @@
 """The rows of a step for one rank, prepared ahead in background threads.
 
 `rows(step)` is the same whatever the number of threads and whichever steps were asked before, so seeking costs nothing
-and a resume replays nothing. Threads, not processes: gathering releases no work to Python, and handing a batch over
-between processes costs more than making it. Knows no model, no engine and no torch.
+and a resume replays nothing. Threads, not processes: handing a batch from one process to another costs
+more than making it. Knows no model, no engine and no torch.
 """
 
 from __future__ import annotations
@@ -25,16 +25,11 @@ class Rows:
     """Rows of tokens as they stand in the stream; an objective makes inputs and labels of them."""
 
     first_row: int
-    """Index of the first row in the step's global set (in the list of windows, for held-out rows)."""
+    """Index of the first row in the step's global set."""
     tokens: npt.NDArray[np.int64]
     """[n, T + 1]: T inputs and the token after them."""
     document_ids: npt.NDArray[np.int64] | None = None
     """[n, T + 1], counted up in each row at every separator, which belongs to the document it opens; None: no mask."""
-    num_scored: npt.NDArray[np.int64] | None = None
-    """[n]: only the first so many of a row's T positions are scored (held-out rows); None: all are."""
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 def document_ids(shards: ShardSet, starts: Indices, count: int) -> npt.NDArray[np.int64]:
@@ -55,6 +50,7 @@ class Loader:
         sequences_per_step: int,
         ranks: int,
         rank: int,
+        *,
         document_mask: bool,
         workers: int,
         first_step: int,
@@ -122,4 +118,5 @@ class Loader:
             steps = np.arange(number * self._block_steps, (number + 1) * self._block_steps, dtype=np.int64)
             ids = steps[:, None] * self._sequences_per_step + np.arange(self._rows.start, self._rows.stop)
             block = self._block = number, self._order.starts(ids.reshape(-1))[1].reshape(ids.shape)
-        return block[1][within]
+        starts: Indices = block[1][within]
+        return starts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ SEPARATOR = 0
 def write_shards(
     folder: Path,
     documents: Sequence[Sequence[int]],
+    tokenizer_folder: Path,
     *,
     dtype: str = "uint16",
     chunk_tokens: int = 64,
@@ -54,16 +56,16 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     groups = [chunks[first : first + chunks_per_shard] for first in range(0, len(chunks), chunks_per_shard)]
     shards = [_write_shard(folder, number, group) for number, group in enumerate(groups)]
-    fingerprint = "f" * 64
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    (folder / "tokenizer" / "llm_dist_tokenizer.json").write_text(json.dumps({"fingerprint": fingerprint}))
+    fingerprint = json.loads((tokenizer_folder / "llm_dist_tokenizer.json").read_text())["fingerprint"]
+    shutil.copytree(tokenizer_folder, folder / "tokenizer")
+    identity = "\n".join([dtype, fingerprint, *(str(shard["sha256"]) for shard in shards)])
     dataset = {
         "format": 1,
         "dtype": dtype,
         "tokenizer": fingerprint,
         "vocabulary_tokens": vocabulary_tokens,
         **{key: sum(shard[key] for shard in shards) for key in ("num_tokens", "num_documents", "num_bytes")},
-        "fingerprint": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
+        "fingerprint": hashlib.sha256(identity.encode()).hexdigest(),
         "made_from": {},
         "shards": shards,
     }
