@@ -97,7 +97,7 @@ def check_peers(writing: Path) -> None:
     for name in names:
         if match := _FAILED_NAME.fullmatch(name):
             reason = (writing / name).read_text(encoding="utf-8", errors="replace")
-            raise OSError(f"rank {int(match[1])}: {reason}")
+            raise OSError(f"rank {int(match[1])}: {reason or 'gave up, its own log says why'}")
 
 
 def gather_tables(writing: Path, num_ranks: int) -> tuple[dict[str, tuple[int, ...]], list[RankFiles]]:
@@ -133,13 +133,16 @@ def give_up(writing: Path, rank: int, num_ranks: int, reason: str) -> None:
         shutil.rmtree(writing, ignore_errors=True)
         return
     with suppress(OSError):
-        for path in writing.iterdir():
-            mine = path.name.startswith(f"rank_{rank:05d}.") or rank == 0
-            if mine and not _FAILED_NAME.fullmatch(path.name):
-                path.unlink()
+        mine = [*writing.glob(f"rank_{rank:05d}.*"), *(writing.glob(MANIFEST + "*") if rank == 0 else ())]
+        for path in mine:
+            path.unlink()
     # The folder stays for the note, which a rank that comes late must find; `sweep` takes both.
-    with suppress(OSError):
-        (writing / f"rank_{rank:05d}.failed").write_text(reason, encoding="utf-8")
+    note = writing / f"rank_{rank:05d}.failed"
+    try:
+        write_durably(note, reason.encode())
+    except OSError:
+        with suppress(OSError):
+            note.touch()
 
 
 def delete(folder: Path) -> None:

@@ -49,7 +49,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, rank: int, ranks: int, attempt: int, limit_seconds: float = 900.0) -> None:
-        """Args: `folder` is the run's `checkpoints`; `limit_seconds` is how long a rank waits for the others."""
+        """Args: `folder` is the run's `checkpoints`; `limit_seconds` is how long rank 0 waits for the others."""
         self.folder = folder
         self._rank, self._ranks, self._attempt = rank, ranks, attempt
         self._limit_seconds = limit_seconds
@@ -144,7 +144,8 @@ class Store:
                 commit.publish(writing, final, self._manifest(step, facts, shapes, files))
                 commit.sweep(self.folder, self._attempt, save)
             else:
-                commit.await_publication(writing, final, self._limit_seconds, self._go_on)
+                # Rank 0 knows who is missing: let it give up first.
+                commit.await_publication(writing, final, 2 * self._limit_seconds, self._go_on)
             self._durable_step = step
         except BaseException as error:  # noqa: BLE001  kept for `wait`, which raises it in the training thread
             commit.give_up(writing, self._rank, self._ranks, str(error))

@@ -214,14 +214,22 @@ def test_a_pickle_in_place_of_the_data_is_not_run(tmp_path: Path) -> None:
 # Asynchronous.
 
 
-def test_an_asynchronous_save_holds_the_values_of_its_moment(tmp_path: Path) -> None:
+def test_an_asynchronous_save_holds_the_values_of_its_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synchronous = save(tmp_path / "sync", evenly(STATE, 2))
+    changed = threading.Event()
+
+    def late(folder: Path, rank: int, *rest: object) -> pieces.Table:
+        changed.wait(20)
+        return pieces.write_data(folder, rank, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "write_data", late)
     world, each_store = evenly(STATE, 2), stores(tmp_path / "async", 2)
     save_all(each_store, world, 100, asynchronous=True)
     for partition in world[0].values():
         partition.values.fill_(-1)
     for partition in world[1].values():
         partition.values.fill_(-2)
+    changed.set()
     assert [each.wait() for each in each_store] == [100, 100]
     for name in ("rank_00000.safetensors", "rank_00001.safetensors", "rank_00001.json"):
         written = tmp_path / "async" / "step_00000100" / name
@@ -338,6 +346,14 @@ def test_a_late_rank_sees_that_the_others_gave_up(tmp_path: Path) -> None:
     with pytest.raises(SaveFailed, match=r"rank 0: no sign within 0\.1 s"):
         late.save(200, world[1], FACTS)
     assert time.monotonic() - started < 5
+
+
+def test_a_rank_too_short_of_space_to_say_why_is_still_heard(tmp_path: Path) -> None:
+    writing = tmp_path / commit.writing_name(200, attempt=1, save=1)
+    writing.mkdir()
+    (writing / "rank_00001.failed").touch()
+    with pytest.raises(SaveFailed, match="rank 1: gave up, its own log says why; there is no complete checkpoint yet"):
+        Store(tmp_path, 0, 2, attempt=1).save(200, evenly(STATE, 2)[0], FACTS)
 
 
 def test_a_save_can_be_abandoned(tmp_path: Path) -> None:
