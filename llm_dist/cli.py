@@ -17,7 +17,12 @@ import typer
 
 from llm_dist.errors import UserError, exit_code_of
 
-SETTINGS: dict[str, Any] = {"add_completion": False, "no_args_is_help": True, "pretty_exceptions_enable": False}
+SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+}
 app = typer.Typer(help="From raw text to a trained, evaluated, exported language model.", **SETTINGS)
 tokenizer_app = typer.Typer(help="Train tokenizers.", **SETTINGS)
 data_app = typer.Typer(help="Look into token shards.", **SETTINGS)
@@ -246,6 +251,22 @@ def export(
         from llm_dist import trained
 
         return trained.export_to(trained.find(checkpoint, step, best), out, dtype)
+
+    _finish(work, as_json)
+
+
+@app.command(epilog=_examples("llm-dist curve runs/demo --out loss.png"))
+def curve(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    out: Annotated[Path | None, typer.Option(help="Picture to write; loss.png in the run folder by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the loss curve of a run."""
+
+    def work() -> Any:
+        from llm_dist import curve as picture
+
+        return picture.draw(run, out)
 
     _finish(work, as_json)
 

@@ -21,7 +21,7 @@ FLOORS = (
     ("config", "runtime"),
     ("model", "tokenizer", "optim"),
     ("plan", "objectives", "metrics"),
-    ("data", "curate", "engine", "generate"),
+    ("data", "curate", "engine", "generate", "curve"),
     ("checkpoint", "evaluate", "exchange", "probe"),
     ("train", "trained", "launcher"),
     ("cli",),
