@@ -75,6 +75,7 @@ class ShardSet:
         self._first_token = np.zeros(len(self._rows) + 1, np.int64)
         np.cumsum(self._rows["num_tokens"], out=self._first_token[1:])
         self._shift = self._rows["token_offset"].astype(np.int64) // self.dtype.itemsize - self._first_token[:-1]
+        self._docs = np.stack([self._rows["docs_offset"] // np.uint64(4), self._rows["num_documents"]], axis=1)
         self._tokens_checked = np.zeros(len(self._rows), np.bool_)
         self._documents_checked = np.zeros(len(self._rows), np.bool_)
         self._maps: dict[int, Integers] = {}
@@ -148,13 +149,37 @@ class ShardSet:
             position = (base + high) % self.num_tokens
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
+    def document_marks(self, starts: Integers, count: int) -> npt.NDArray[np.int64]:
+        """`document_starts` of many rows at once: [n, count], 1 where a document begins and 0 elsewhere.
+
+        Raises:
+            UserError: the document ends of a chunk among them are damaged.
+        """
+        starts = np.asarray(starts, np.int64) % self.num_tokens
+        chunks = self._first_token.searchsorted(starts, side="right") - 1
+        offsets = starts - self._first_token[chunks]
+        # Between a chunk's first token and its last, documents begin where others end, and nowhere else.
+        inside = (offsets > 0) & (starts + count <= self._first_token[chunks + 1])
+        bounds = np.stack([offsets, offsets + count], axis=1).astype(np.uint32)
+        pieces = [np.empty(0, np.uint32)]
+        for chunk, bound in zip(chunks[inside].tolist(), bounds[inside], strict=True):
+            ends = self.document_ends(chunk)
+            first, last = ends.searchsorted(bound).tolist()
+            pieces.append(ends[first:last])
+        to_row = (np.flatnonzero(inside) * count - offsets[inside]).repeat([len(piece) for piece in pieces[1:]])
+        marks = np.zeros(len(starts) * count, np.int64)
+        marks[np.concatenate(pieces) + to_row] = 1
+        rows = marks.reshape(len(starts), count)
+        for row in np.flatnonzero(~inside).tolist():
+            rows[row, self.document_starts(int(starts[row]), count)] = 1
+        return rows
+
     def document_ends(self, chunk: int) -> npt.NDArray[np.uint32]:
         """Cumulative document ends inside one chunk, the last being its number of tokens; read-only."""
-        row = self._rows[chunk]
-        first = int(row["docs_offset"]) // 4
-        ends = self._shard(int(self._shard_of[chunk])).view("<u4")[first : first + int(row["num_documents"])]
+        first, size = self._docs[chunk].tolist()
+        ends = self._shard(int(self._shard_of[chunk])).view(np.uint32)[first : first + size]
         if not self._documents_checked[chunk]:
-            if zlib.crc32(ends.data) != row["crc_docs"]:
+            if zlib.crc32(ends.data) != self._rows["crc_docs"][chunk]:
                 raise UserError(self._damage(chunk, "document ends"))
             self._documents_checked[chunk] = True
         return ends

@@ -34,9 +34,7 @@ class Rows:
 
 def document_ids(shards: ShardSet, starts: Indices, count: int) -> npt.NDArray[np.int64]:
     """For rows of `count` tokens from `starts` [n] on: how many documents have begun in the row up to each token."""
-    ids = np.zeros((len(starts), count), np.int64)
-    for row, start in zip(ids, starts.tolist(), strict=True):
-        row[shards.document_starts(start, count)] = 1
+    ids = shards.document_marks(starts, count)
     return np.cumsum(ids, axis=1, out=ids)
 
 
