@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from llm_dist import config
 
@@ -33,7 +34,7 @@ class Metrics:
     def __init__(self, run: config.Config, folder: Path, attempt: int, report: Callable[[str], None]) -> None:
         self._attempt = attempt
         self._report = report
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = _open_to_append(folder / "metrics.jsonl")
         self._sinks: dict[str, Sink] = {}
         for name in run.log.sinks:
             self._guard(name, partial(self._open, name, run, folder))
@@ -121,6 +122,14 @@ class WandbSink:
     def close(self) -> None:
         """Finish the offline run."""
         self._run.finish()
+
+
+def _open_to_append(path: Path) -> TextIO:
+    """Open at a line of its own: a killed attempt may have left half a line, which must not swallow the next record."""
+    with path.open("ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+            file.write(b"\n")
+    return path.open("a", encoding="utf-8")
 
 
 def _open_sink(name: str, run: config.Config, folder: Path) -> Sink:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -86,8 +85,22 @@ class Runtime:
         return words
 
 
+def lost_contact(error: RuntimeError) -> str | None:
+    """What a collective said when another rank was gone, in one line; None for any other error.
+
+    gloo raises plain RuntimeErrors whose text begins with a path of its sources; NCCL and the store have own classes.
+    """
+    line = str(error).partition("\n")[0]
+    is_gloo = "gloo/transport" in line or line.startswith(("Connection closed by peer", "Connection reset by peer"))
+    return line if is_gloo or isinstance(error, dist.DistError) else None
+
+
 def start(deterministic: bool = False) -> Runtime:
-    """Join the process group that the launcher described in the environment; alone when it described none."""
+    """Join the process group that the launcher described in the environment; alone when it described none.
+
+    Raises:
+        UserError: the environment describes half of a launch, or a rank without a GPU.
+    """
     # Vendors still call names that torch 2.13 is renaming; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,6 +110,11 @@ def start(deterministic: bool = False) -> Runtime:
     if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu":
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    if ranks > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(
+            f"WORLD_SIZE={ranks} is set, but not MASTER_ADDR and MASTER_PORT, where the ranks meet; "
+            "start with llm-launch or torchrun, or unset WORLD_SIZE"
+        )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if ranks == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
@@ -130,7 +148,7 @@ def derived_seed(*parts: int | str) -> int:
 
 def versions() -> dict[str, str]:
     """What this process runs on, for source.json and checkpoints."""
-    found = {"torch": torch.__version__, "python": platform.python_version(), "host": socket.gethostname()}
+    found = {"torch": torch.__version__, "python": platform.python_version()}
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
     return found

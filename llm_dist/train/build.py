@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from llm_dist import config, objectives
+from llm_dist.checkpoint import layout
+from llm_dist.checkpoint.store import read_parameters
 from llm_dist.data.index import ShardSet, open_shards
 from llm_dist.data.loader import Loader
 from llm_dist.data.order import Order
@@ -32,6 +34,11 @@ class DataFolders:
     holdouts: dict[str, ShardSet]
     order: Order
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What a run on this data belongs to, wherever the folders lie."""
+        return {"data": self.train.fingerprint, "tokenizer": self.train.tokenizer_fingerprint}
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -47,11 +54,6 @@ class Parts:
     def sequences_per_step(self) -> int:
         """Rows of a step's global set."""
         return self.run.batch.tokens_per_step // self.run.data.sequence_tokens
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """What a checkpoint of this run belongs to."""
-        return {"data": self.data.train.fingerprint, "tokenizer": self.data.train.tokenizer_fingerprint}
 
     def loader(self, first_step: int) -> Loader:
         """This rank's rows from a step on."""
@@ -113,6 +115,31 @@ def _curve_name(folder: str, taken: dict[str, ShardSet]) -> str:
 
 
 def _fill(run: config.Config) -> FillParameter:
+    return _fill_at_random(run) if run.init.source is None else _fill_from(Path(run.init.source))
+
+
+def _fill_from(source: Path) -> FillParameter:
+    """Weights of the checkpoint, or of the latest one of the run folder, that `init.from` names."""
+    try:
+        found = layout.find(source)
+    except UserError as error:
+        raise UserError(f"init.from: {error}") from None
+    weights = read_parameters(found.folder)
+
+    def fill(name: str, shape: torch.Size) -> Tensor:
+        there = weights[name].shape if name in weights else None
+        if there != shape:
+            is_there = f"has shape {list(there)}" if there is not None else "is not there"
+            raise UserError(
+                f"init.from={source}: {name} {is_there} and has shape {list(shape)} here; "
+                "start from a model of the same [model] section and vocabulary"
+            )
+        return weights[name]
+
+    return fill
+
+
+def _fill_at_random(run: config.Config) -> FillParameter:
     def fill(name: str, shape: torch.Size) -> Tensor:
         return initial_value(name, tuple(shape), run.model, run.init.std, run.run.seed)
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_dist import config, runtime
-from llm_dist.errors import UserError
+from llm_dist.errors import ResumeRefused, UserError
 
 
 class RunFolder:
@@ -34,36 +35,52 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
 
-    def open(self, run: config.Config, accepted: Sequence[str]) -> config.Config:
+    def open(self, run: config.Config, data: Mapping[str, str], accepted: Sequence[str]) -> config.Config:
         """Create the folder or join the run it holds; returns the run file with its schedule frozen.
 
-        Only rank 0 calls this.
+        Only rank 0 calls this. `data` are the fingerprints of what the run file names; nothing is written when refused.
 
         Raises:
             ResumeRefused: the folder holds another run.
             UserError: the folder holds something that is no run, or cannot be written.
         """
+        try:
+            return self._open(run, data, accepted)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot write the run folder: {error.strerror}; choose another run.dir"
+            ) from None
+
+    def _open(self, run: config.Config, data: Mapping[str, str], accepted: Sequence[str]) -> config.Config:
         if self.config.is_file():
             before = config.load(self.config)
             if run.optim.total_steps is None:
                 update = {"total_steps": before.optim.total_steps}
                 run = run.model_copy(update={"optim": run.optim.model_copy(update=update)})
             config.check_resume(before, run, accepted)
+            self._check_data(run, data)
         elif self.path.is_dir() and any(entry.name != "logs" for entry in self.path.iterdir()):
             raise UserError(f"{self.path} exists and is not a run folder; choose another run.name or run.dir")
         run = run.frozen()
-        try:
-            self.attempts.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
-            write_atomically(self.config, run.to_json())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot write the run folder: {error.strerror}") from None
+        self.attempts.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        write_atomically(self.config, run.to_json())
         return run
 
-    def begin_attempt(self, record: dict[str, Any], tokenizer: Path, accepted: Sequence[str]) -> int:
+    def _check_data(self, run: config.Config, data: Mapping[str, str]) -> None:
+        before = json.loads(self.source.read_text(encoding="utf-8"))["fingerprints"] if self.source.is_file() else data
+        for name, now in data.items():
+            if before[name] != now:
+                raise ResumeRefused(
+                    f"data.train={run.data.train}: its {name} fingerprint is {now[:12]}, and the run began on "
+                    f"{before[name][:12]}; restore the folder or choose another run.name"
+                )
+
+    def begin_attempt(self, record: Mapping[str, Any], data: Mapping[str, str], tokenizer: Path) -> int:
         """Take the next attempt number; a number is taken once, whoever else starts. Only rank 0 calls this.
 
-        The run keeps a copy of its tokenizer, so that its checkpoints can be used without its data.
+        `record` says how this attempt was started. The run keeps a copy of its tokenizer, so that its checkpoints
+        can be used without its data.
         """
         if not self.tokenizer.exists():
             copied = self.tokenizer.with_name("tokenizer.tmp")
@@ -77,8 +94,8 @@ class RunFolder:
             except FileExistsError:
                 number += 1
         with os.fdopen(descriptor, "w") as file:
-            json.dump({"attempt": number, "started": time.time(), "accepted": list(accepted), **record}, file)
-        write_atomically(self.source, json.dumps(_source_of_the_code(), indent=2) + "\n")
+            json.dump({"attempt": number, "started": time.time(), "host": socket.gethostname(), **record}, file)
+        write_atomically(self.source, json.dumps(_source(data), indent=2) + "\n")
         return number
 
     def _attempt_path(self, number: int) -> Path:
@@ -95,13 +112,17 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _source_of_the_code() -> dict[str, Any]:
-    """Commit and uncommitted difference of the code that runs, where it runs from a checkout."""
-    here = Path(__file__).parent
+def _source(data: Mapping[str, str]) -> dict[str, Any]:
+    """What the run is made from: commit and uncommitted difference of the code where it runs from a checkout, data."""
+    here = Path(__file__)
+    is_checkout = _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
+    commit = _git(here.parent, "rev-parse", "HEAD") if is_checkout else None
     return {
-        "commit": _git(here, "rev-parse", "HEAD"),
-        "diff": _git(here, "diff", "HEAD"),
+        "commit": commit and commit.strip(),
+        "diff": _git(here.parent, "diff", "HEAD") if is_checkout else None,
         "versions": runtime.versions(),
+        "host": socket.gethostname(),
+        "fingerprints": dict(data),
     }
 
 
@@ -110,4 +131,4 @@ def _git(folder: Path, *arguments: str) -> str | None:
         answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    return answer.stdout if answer.returncode == 0 else None

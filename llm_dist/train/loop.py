@@ -31,10 +31,11 @@ def train(session: Session) -> Exit:
                 lr = optim.learning_rate(run, account.step)
                 batches = [batch.to(session.parts.runtime.device) for batch in micro_batches]
                 result = session.parts.engine.train_step(batches, valid_tokens, lr, account.step)
-            session.finish_step(valid_tokens)
-            if _is_due(account.step, run.log.every_steps) or account.step == run.run.steps:
-                session.report(result, valid_tokens, lr)
-            is_best = _is_due(account.step, run.eval.every_steps) and session.evaluate()
+            session.finish_step(result, valid_tokens)
+            is_last = account.step == run.run.steps
+            if _is_due(account.step, run.log.every_steps) or is_last:
+                session.report(lr)
+            is_best = (_is_due(account.step, run.eval.every_steps) or is_last) and session.evaluate()
             if _is_due(account.step, run.save_every_steps) or (is_best and run.checkpoint.keep_best):
                 session.save()
         session.finish()

@@ -58,7 +58,7 @@ def _try(parts: Parts, store: Store, runtime: Runtime, found: Found) -> tuple[Ma
 
 
 def _check_same_run(parts: Parts, manifest: Manifest) -> None:
-    for name, now in parts.fingerprints.items():
+    for name, now in parts.data.fingerprints.items():
         if (before := manifest.fingerprints.get(name)) != now:
             raise ResumeRefused(
                 f"data.train={parts.run.data.train}: its {name} fingerprint is {now[:12]}, but the run's checkpoint at "

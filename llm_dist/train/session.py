@@ -36,7 +36,13 @@ class Session:
     watch: Watch
     stop: StopFlag
     saved_step: int | None = None
-    """Step of the checkpoint this attempt saved or started from."""
+    """Step of the checkpoint this attempt saved (or is writing) or started from."""
+    acknowledged_step: int | None = None
+    """Step last said to be saved."""
+    result: StepResult | None = None
+    """What the last step of this attempt reported."""
+    valid_tokens: int = 0
+    """Scored tokens of that step, over all ranks."""
 
     @property
     def run(self) -> config.Config:
@@ -55,32 +61,40 @@ class Session:
         valid_tokens, num_stopping = self.parts.runtime.sum(votes).tolist()
         return valid_tokens, num_stopping > 0
 
-    def finish_step(self, valid_tokens: int) -> None:
+    def finish_step(self, result: StepResult, valid_tokens: int) -> None:
         """Count a finished step."""
+        self.result, self.valid_tokens = result, valid_tokens
         self.account.step += 1
         self.account.tokens += valid_tokens
         self.watch.step = self.account.step
         self.progress.count(valid_tokens)
+        self.acknowledge()
 
-    def report(self, result: StepResult, valid_tokens: int, lr: float) -> None:
-        """Write the step's numbers; collective.
+    def report(self, lr: float) -> None:
+        """Write the numbers of the step just finished; collective.
 
         Raises:
-            UserError: the loss is not a finite number; nothing is saved after that.
+            UserError: they are not finite.
         """
-        nats = self.parts.runtime.sum(result.nats.cpu())
-        loss = float(nats) / max(1, valid_tokens)
-        step = self.account.step
-        if not math.isfinite(loss):
-            raise UserError(
-                f"loss is {loss} at step {step}: lower optim.lr (now {lr:.2g}) or raise optim.warmup_steps, "
-                f"then start again from the checkpoint at step {self.saved_step or 0}"
-            )
+        loss, grad_norm = self._finite_numbers()
         numbers = self.progress.numbers(self.watch.take())
         if self.metrics is not None:
-            record = {"loss_nats": loss, "lr": lr, "grad_norm": float(result.grad_norm), "tokens": self.account.tokens}
-            self.metrics.write(step, {**record, **numbers, "memory_bytes": _peak_memory_bytes()})
-        self.progress.show(step, loss)
+            record = {"loss_nats": loss, "lr": lr, "grad_norm": grad_norm, "tokens": self.account.tokens}
+            self.metrics.write(self.account.step, {**record, **numbers, "memory_bytes": _peak_memory_bytes()})
+        self.progress.show(self.account.step, loss)
+
+    def _finite_numbers(self) -> tuple[float, float]:
+        """Loss and gradient norm of the step just finished; collective."""
+        assert self.result is not None
+        loss = float(self.parts.runtime.sum(self.result.nats.cpu())) / max(1, self.valid_tokens)
+        grad_norm = float(self.result.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise UserError(
+                f"step {self.account.step}: the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}; nothing was "
+                f"saved after step {self.saved_step or 0}; lower optim.lr or raise optim.warmup_steps (with --accept), "
+                "then start again"
+            )
+        return loss, grad_norm
 
     def evaluate(self) -> bool:
         """Score every held-out folder; whether the first one is at its best. Collective."""
@@ -111,26 +125,35 @@ class Session:
         )
 
     def save(self, is_last: bool = False) -> None:
-        """Save the state at the current step, unless that is done; the last save is synchronous. Collective."""
-        if self.saved_step == self.account.step:
+        """Save the state at the current step, unless that is done; the last save is synchronous. Collective.
+
+        Raises:
+            UserError: the step's numbers are not finite, and a checkpoint of it would be worth nothing.
+            SaveFailed: it, or the one before it, could not be written.
+        """
+        with self.watch.phase("save"):
+            if self.saved_step != self.account.step:
+                if self.result is not None:  # else it is asked to stop before its first step
+                    self._finite_numbers()
+                is_asynchronous = self.run.checkpoint.asynchronous and not is_last
+                self.store.save(self.account.step, self.parts.engine.state(), self._facts(), is_asynchronous)
+                self.saved_step = self.account.step
             if is_last:
                 self.store.wait()
-                self._retain()
-            return
-        with self.watch.phase("save"):
-            self.store.save(
-                self.account.step,
-                self.parts.engine.state(),
-                self._facts(),
-                asynchronous=self.run.checkpoint.asynchronous and not is_last,
-            )
-            self.saved_step = self.account.step
+            self.acknowledge()
             self._retain()
+
+    def acknowledge(self) -> None:
+        """Say which step is saved as soon as its checkpoint is durable: from then on no kill can undo it."""
+        durable = self.store.poll() if self.parts.runtime.is_first else None
+        if durable is not None and durable != self.acknowledged_step:
+            self.acknowledged_step = durable
+            self.progress.say(f"saved step {durable}")
 
     def _facts(self) -> Facts:
         engine = self.run.engine
         return Facts(
-            fingerprints=self.parts.fingerprints,
+            fingerprints=self.parts.data.fingerprints,
             trajectory=self.account.to_dict(),
             optimizer_step=self.parts.engine.optimizer_steps,
             engine=f"{engine.name}{engine.zero_stage if engine.name == 'zero' else ''} {engine.precision}",
@@ -150,9 +173,7 @@ class Session:
         return Exit.STOPPED
 
     def finish(self) -> None:
-        """Evaluate and save the end of the run, where the loop has not done so; collective."""
-        if self.account.evaluated_step != self.account.step:
-            self.evaluate()
+        """Save the end of the run, where the loop has not done so; collective."""
         self.save(is_last=True)
         why = "finished" if not self.is_out_of_patience else "finished early: validation stopped improving"
         self.progress.say(f"{why} at step {self.account.step} of {self.run.run.steps}")

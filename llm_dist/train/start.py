@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -34,19 +33,26 @@ def start(source: str, overrides: Sequence[str] = (), accepted: Sequence[str] = 
         UserError: on every rank alike, whichever rank met the mistake.
     """
     run = config.load(source, overrides)
-    stop = StopFlag()
-    here = runtime.start(run.engine.deterministic)
-    try:
-        return _train(run, here, stop, accepted)
-    finally:
-        runtime.stop()
+    with StopFlag() as stop:
+        here = runtime.start(run.engine.deterministic)
+        try:
+            return _train(run, here, stop, accepted)
+        except RuntimeError as error:
+            if (words := runtime.lost_contact(error)) is None:
+                raise
+            say(f"lost contact with another rank, whose log says why: {words}")
+            return Exit.DEFECT
+        finally:
+            runtime.stop()
 
 
 def _train(run: config.Config, here: Runtime, stop: StopFlag, accepted: Sequence[str]) -> Exit:
     folder = RunFolder(run.run.folder)
-    run = config.parse(_on_first(here, lambda: folder.open(run, accepted).model_dump(by_alias=True)))
     data = _on_all(here, lambda: build.open_data(run))
-    attempt = _on_first(here, lambda: folder.begin_attempt(_record(run, here), data.train.tokenizer_folder, accepted))
+    prints, tokenizer = data.fingerprints, data.train.tokenizer_folder
+    run = config.parse(_on_first(here, lambda: folder.open(run, prints, accepted).model_dump(by_alias=True)))
+    record = {"ranks": here.ranks, "engine": run.engine.model_dump(), "accepted": list(accepted)}
+    attempt = _on_first(here, lambda: folder.begin_attempt(record, prints, tokenizer))
     watch = Watch(folder.heartbeat if here.is_first else None)
     with watch.phase("build"):
         parts = build.build(run, here, data, lambda line: say(line, here.is_first))
@@ -89,10 +95,6 @@ def _on_all(here: Runtime, action: Callable[[], T]) -> T:
     if words is not None:
         raise UserError(words)
     return value  # type: ignore[return-value]
-
-
-def _record(run: config.Config, here: Runtime) -> dict[str, object]:
-    return {"host": socket.gethostname(), "ranks": here.ranks, "engine": run.engine.model_dump()}
 
 
 def _progress(parts: Parts, here: Runtime) -> Progress:

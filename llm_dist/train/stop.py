@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Which signal arrived, if any; a second SIGINT interrupts at once."""
+    """Which signal arrived inside the context, if any; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        for number in SIGNALS:
-            signal.signal(number, self._raise_flag)
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        self._before = {number: signal.signal(number, self._raise_flag) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _raise_flag(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_name == "SIGINT":
