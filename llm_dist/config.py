@@ -324,9 +324,7 @@ class Config(Section):
 
     def frozen(self) -> Config:
         """The config as a new run keeps it: the schedule's length no longer follows `run.steps`."""
-        return self.model_copy(
-            update={"optim": self.optim.model_copy(update={"total_steps": self.schedule_steps})}
-        )
+        return self.model_copy(update={"optim": self.optim.model_copy(update={"total_steps": self.schedule_steps})})
 
     def to_json(self) -> str:
         """Canonical text: every key, sorted, as config.json holds it."""
@@ -340,9 +338,14 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: one line for each mistake.
     """
     path = Path(source)
-    if path.is_dir():
-        path = run_config_path(path)
-    return parse(_read_table(path), overrides, str(path))
+    if not path.is_dir():
+        return parse(_read_table(path), overrides, str(path))
+    file = run_config_path(path)
+    table = _read_table(file)
+    if isinstance(table.get("run"), dict):  # the folder may have been moved, or be named from another place
+        folder = path if path.name else path.resolve()
+        table["run"] |= {"dir": str(folder.parent), "name": folder.name}
+    return parse(table, overrides, str(file))
 
 
 def run_config_path(folder: Path) -> Path:

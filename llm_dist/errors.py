@@ -6,9 +6,12 @@ Everything else is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from enum import IntEnum
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Exit(IntEnum):
@@ -30,10 +33,15 @@ class ResumeRefused(UserError):
 
 
 def exit_code_of(action: Callable[[], int | None]) -> int:
-    """Run `action`; print a `UserError` as plain lines on standard error instead of a traceback."""
+    """Run `action`; print a `UserError`, or that the disk is full, as plain lines on standard error, no traceback."""
     try:
         return int(action() or Exit.DONE)
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return Exit.USER_ERROR
+        mistakes = str(error)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        mistakes = f"{error.filename or 'writing'}: {error.strerror}; free some space, then start again"
+    for line in mistakes.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return Exit.USER_ERROR
