@@ -1,12 +1,13 @@
 """Encode many documents: batches of texts go to worker processes, ids come back in the order of the texts.
 
-The result does not depend on the number of workers. Texts are encoded whole, however long: only the tokenizer knows
-where a text may be cut without changing its ids. Knows no files and no shards.
+The result depends neither on the number of workers nor on the pieces in which a very long text is encoded. Knows no
+files and no shards.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from array import array
@@ -25,14 +26,19 @@ from llm_dist.data.documents import num_utf8_bytes
 from llm_dist.data.folder import DTYPES
 from llm_dist.data.shards import dtype_name
 from llm_dist.errors import UserError
-from llm_dist.tokenizer import Tokenizer
+from llm_dist.tokenizer import KINDS, Tokenizer
 
 BATCH_CHARACTERS = 1 << 19
 BATCH_DOCUMENTS = 4096
 BATCHES_AHEAD = 3
 """Batches in flight per worker: enough to keep it busy while the reader waits for another."""
-BYTES_PER_WORKER = 2 << 20
-"""Input below which one more worker costs more time than it saves."""
+BYTES_PER_WORKER = 8 << 20
+"""Input below which starting one more worker costs more than it saves: one process encodes in threads already."""
+
+LONG_CHARACTERS = 1 << 16
+"""Longer texts are encoded in pieces: the runtime needs more than 100 bytes of memory per character."""
+
+_BORDER = re.compile(r"(?<=[^\W\d_])[ \n]")
 
 Load = Callable[[Path], Tokenizer]
 
@@ -51,16 +57,35 @@ class Encoded(NamedTuple):
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
     """Encode one batch."""
     dtype = DTYPES[dtype_name(tokenizer.vocabulary_tokens)]
-    lists = tokenizer.encode_batch(texts)
+    short = iter(tokenizer.encode_batch([text for text in texts if len(text) <= LONG_CHARACTERS]))
     # An array refuses ids that do not fit, where numpy's assignment would wrap them.
     flat = array("H" if dtype.itemsize == 2 else "I")
-    for ids in lists:
+    ends = [0]
+    for text in texts:
         flat.append(tokenizer.separator_id)
-        flat.fromlist(ids)
+        if len(text) <= LONG_CHARACTERS:
+            flat.fromlist(next(short))
+        else:
+            for batch in _batches(long_pieces(tokenizer.kind, text)):
+                for ids in tokenizer.encode_batch(batch):
+                    flat.fromlist(ids)
+        ends.append(len(flat))
     tokens = np.frombuffer(flat, dtype)
     assert not len(tokens) or int(tokens.max()) < tokenizer.vocabulary_tokens, "an id outside the vocabulary"
-    num_tokens = np.array([1 + len(ids) for ids in lists], np.int64)
-    return Encoded(tokens, num_tokens, np.array([num_utf8_bytes(text) for text in texts], np.int64))
+    return Encoded(tokens, np.diff(ends), np.array([num_utf8_bytes(text) for text in texts], np.int64))
+
+
+def long_pieces(kind: str, text: str) -> Iterator[str]:
+    """Cut a long text where no id changes: our own kinds join no letter with the space or line feed after it."""
+    start = 0
+    while kind in KINDS and len(text) - start > LONG_CHARACTERS:
+        borders = (match.start() for match in _BORDER.finditer(text, start + LONG_CHARACTERS))
+        border = next((place for place in borders if text[place - 1].isalpha()), None)
+        if border is None:
+            break
+        yield text[start:border]
+        start = border
+    yield text[start:]
 
 
 def encode_all(texts: Iterable[str], tokenizer: Tokenizer, load: Load, workers: int) -> Iterator[Encoded]:

@@ -85,7 +85,7 @@ class Spill:
         self.close()
         for path in self._paths:
             if path.stat().st_size:
-                yield from self._bucket(np.memmap(path, np.uint8, "r"))
+                yield from self._bucket(np.asarray(np.memmap(path, np.uint8, "r")))
             path.unlink()
 
     def close(self) -> None:

@@ -8,9 +8,7 @@ import os
 import random
 import signal
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from hypothesis import strategies as st
 from llm_dist import tokenizer as tokenizers
 from llm_dist.data import encoding, shards, spill
 from llm_dist.data.documents import Document
-from llm_dist.data.encoding import num_workers
 from llm_dist.data.folder import CONTINUES
 from llm_dist.data.parts import tail
 from llm_dist.data.spill import document_hashes
@@ -351,45 +348,3 @@ def test_a_document_longer_than_a_chunk_is_continued(tiny_tokenizer: Path, tmp_p
     assert sorted(texts(tmp_path / "out" / "train"), key=len) == ["last", "short", long]
     assert report.train.num_tokens > 1 << 20
     assert (report.train.num_documents, report.train.num_bytes) == (3, len(long) + 9)
-
-
-def test_workers_follow_cores_and_input() -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert num_workers(None, 100) == 1
-    assert num_workers(None, 1 << 40) == cores
-    assert num_workers(3, 100) == 3
-
-
-def stall(path: Path) -> Iterator[str]:
-    path.touch()
-    while True:
-        yield "a text " * 1000
-
-
-def encode_for_ever(folder: Path, marker: Path) -> None:
-    for batch in encoding.encode_all(stall(marker), tokenizers.load(folder), tokenizers.load, 2):
-        marker.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
-        assert len(batch.ids)
-
-
-def test_workers_end_with_a_killed_parent(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "children"
-    parent = multiprocessing.get_context("spawn").Process(target=encode_for_ever, args=(tiny_tokenizer, marker))
-    parent.start()
-    while not (marker.exists() and len(marker.read_text().split()) == 2):
-        assert parent.is_alive()
-        time.sleep(0.05)
-    children = [int(pid) for pid in marker.read_text().split()]
-    parent.kill()
-    parent.join()
-    deadline = time.monotonic() + 20
-    while any(_runs(pid) for pid in children):
-        assert time.monotonic() < deadline, "a worker outlives its parent"
-        time.sleep(0.05)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
