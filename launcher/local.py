@@ -224,7 +224,8 @@ def _say_stopped(job: Job) -> Exit:
 
 
 def _say_failure(job: Job, failure: Failure) -> None:
-    _say(f"rank {failure.rank} failed first: {failure.cause}; {log_path(job.logs, failure.rank)} ends with")
+    ends = " ends with" if failure.last_lines else " has no line of this attempt"
+    _say(f"rank {failure.rank} failed first: {failure.cause}; {log_path(job.logs, failure.rank)}{ends}")
     for line in failure.last_lines:
         print(f"    {line}", file=sys.stderr)
 

@@ -262,8 +262,9 @@ def memory_of(config: Config, vocabulary_tokens: int, ranks: int) -> Memory:
     engine, model = config.engine, config.model
     rows, sequence, precision = _micro_batch(config), config.data.sequence_tokens, engine.precision
     activations = size.saved_activation_bytes(model, rows, sequence, precision, engine.recompute)
-    if engine.recompute != "none":  # one block at a time is computed again
-        activations += size.block_activation_bytes(model, rows, sequence, precision)
+    # In the backward pass a block has gradients of about what it kept; one that is recomputed keeps it again before.
+    blocks_at_once = 1 if engine.recompute == "none" else 2
+    activations += blocks_at_once * size.block_activation_bytes(model, rows, sequence, precision)
     head = sum(size.head_bytes(model, vocabulary_tokens, rows, sequence, precision))
     state = {"plain": _plain_bytes, "zero": _zero_bytes, "fsdp": _fsdp_bytes}[engine.name]
     weights, gradients, optimizer, working = state(config, vocabulary_tokens, ranks)
