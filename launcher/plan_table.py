@@ -29,7 +29,7 @@ def _model(config: Config, plan: Plan) -> Iterator[tuple[str, str]]:
 def _step(config: Config, plan: Plan) -> Iterator[tuple[str, str]]:
     rows = plan.rows
     yield "step", f"{config.batch.tokens_per_step:,} tokens, {rows.sequences_per_step:,} sequences"
-    yield "ranks", f"{rows.ranks:,} x {rows.num_micro_batches} micro-batches of {rows.sequences_per_micro_batch}"
+    yield "ranks", f"{rows.ranks:,} x {rows.num_micro_batches} micro-batches of {rows.rows_per_micro_batch}"
     nearest = f"; none with {' or '.join(rows.nearest)}" if rows.nearest else ""
     yield "waste", f"{rows.waste:.1%} of the computed rows are absent{nearest}"
     yield "traffic", f"{bytes_in_words(plan.traffic_bytes_per_step)} sent per rank and step"

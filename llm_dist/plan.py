@@ -6,7 +6,7 @@ keeps comes from `llm_dist.model.size`; traffic is each engine's theory; time re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from math import ceil, isqrt, prod
 from typing import Any
@@ -55,7 +55,10 @@ class Rows:
     sequences_per_step: int
     ranks: int
     sequences_per_micro_batch: int
+    """At most, as the run file says."""
     num_micro_batches: int
+    rows_per_micro_batch: int
+    """What a rank really computes at once: its rows dealt evenly to the micro-batches."""
     waste: float
     """Share of the computed rows that are absent: padded, weighing nothing."""
     nearest: tuple[str, ...]
@@ -198,46 +201,55 @@ def num_micro_batches(sequences_per_step: int, ranks: int, sequences_per_micro_b
     return ceil(ceil(sequences_per_step / ranks) / sequences_per_micro_batch)
 
 
-def waste(sequences_per_step: int, ranks: int, sequences_per_micro_batch: int) -> float:
-    """Share of computed rows that are absent; every micro-batch of every rank has its full number of rows."""
+def rows_per_micro_batch(sequences_per_step: int, ranks: int, sequences_per_micro_batch: int) -> int:
+    """Rows of every micro-batch on every rank: the fullest rank's, dealt evenly, so that few are absent."""
     count = num_micro_batches(sequences_per_step, ranks, sequences_per_micro_batch)
-    return 1 - sequences_per_step / (ranks * count * sequences_per_micro_batch)
+    return ceil(ceil(sequences_per_step / ranks) / count)
+
+
+def waste(sequences_per_step: int, ranks: int, sequences_per_micro_batch: int) -> float:
+    """Share of computed rows that are absent."""
+    count = num_micro_batches(sequences_per_step, ranks, sequences_per_micro_batch)
+    rows = rows_per_micro_batch(sequences_per_step, ranks, sequences_per_micro_batch)
+    return 1 - sequences_per_step / (ranks * count * rows)
 
 
 def make_rows(config: Config, ranks: int) -> Rows:
     """Deal a step's rows; where that wastes some, find the nearest settings that do not."""
-    total, micro_batch = config.batch.tokens_per_step // config.data.sequence_tokens, _micro_batch(config)
+    total = config.batch.tokens_per_step // config.data.sequence_tokens
+    micro_batch = config.batch.sequences_per_micro_batch
     wasted = waste(total, ranks, micro_batch)
     return Rows(
         sequences_per_step=total,
         ranks=ranks,
         sequences_per_micro_batch=micro_batch,
         num_micro_batches=num_micro_batches(total, ranks, micro_batch),
+        rows_per_micro_batch=rows_per_micro_batch(total, ranks, micro_batch),
         waste=wasted,
         nearest=tuple(_without_waste(config, total, ranks)) if wasted else (),
     )
 
 
-def _micro_batch(config: Config) -> int:
-    return config.batch.sequences_per_micro_batch
-
-
 def _without_waste(config: Config, total: int, ranks: int) -> Iterator[str]:
-    micro_batch = _micro_batch(config)
+    micro_batch = config.batch.sequences_per_micro_batch
     if total % ranks == 0:
-        yield f"batch.sequences_per_micro_batch={_nearest_divisor(total // ranks, micro_batch)}"
-    if total % micro_batch == 0:
-        yield f"{_nearest_divisor(total // micro_batch, ranks)} ranks"
-    rows_at_once = ranks * micro_batch
-    near = max(1, round(total / rows_at_once)) * rows_at_once
+        divisors = _divisors(total // ranks)
+        yield f"batch.sequences_per_micro_batch={_nearest(divisors, micro_batch)}"
+    yield f"{_nearest((many for many in _divisors(total) if not waste(total, many, micro_batch)), ranks)} ranks"
+    fullest = ceil(total / ranks)
+    around = (ranks * rows for rows in range(max(1, fullest - micro_batch), fullest + micro_batch + 1))
+    near = _nearest((rows for rows in around if not waste(rows, ranks, micro_batch)), total)
     yield f"batch.tokens_per_step={near * config.data.sequence_tokens}"
 
 
-def _nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` nearest to `wanted`; of two equally near, the smaller."""
+def _divisors(number: int) -> set[int]:
     small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
-    divisors = {*small, *(number // divisor for divisor in small)}
-    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))
+    return {*small, *(number // divisor for divisor in small)}
+
+
+def _nearest(candidates: Iterable[int], wanted: int) -> int:
+    """Of two equally near, the smaller."""
+    return min(candidates, key=lambda candidate: (abs(candidate - wanted), candidate))
 
 
 def shard_ranks(config: Config, ranks: int) -> int:
@@ -260,7 +272,11 @@ def shard_ranks(config: Config, ranks: int) -> int:
 def memory_of(config: Config, vocabulary_tokens: int, ranks: int) -> Memory:
     """Bytes of the fullest rank, by kind."""
     engine, model = config.engine, config.model
-    rows, sequence, precision = _micro_batch(config), config.data.sequence_tokens, engine.precision
+    rows, sequence, precision = (
+        make_rows(config, ranks).rows_per_micro_batch,
+        config.data.sequence_tokens,
+        engine.precision,
+    )
     activations = size.saved_activation_bytes(model, rows, sequence, precision, engine.recompute)
     # In the backward pass a block has gradients of about what it kept; one that is recomputed keeps it again before.
     blocks_at_once = 1 if engine.recompute == "none" else 2

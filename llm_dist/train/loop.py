@@ -9,7 +9,7 @@ from llm_dist import optim
 from llm_dist.batch import Batch
 from llm_dist.data.loader import Loader
 from llm_dist.errors import Exit
-from llm_dist.plan import num_micro_batches
+from llm_dist.plan import num_micro_batches, rows_per_micro_batch
 from llm_dist.train.session import Session
 
 
@@ -47,9 +47,9 @@ def train(session: Session) -> Exit:
 def _micro_batches(session: Session, loader: Loader) -> list[Batch]:
     """This rank's rows of the next step, cut into equally many micro-batches of equal shape on every rank."""
     run, parts = session.run, session.parts
-    size = run.batch.sequences_per_micro_batch
+    dealing = (parts.sequences_per_step, parts.runtime.ranks, run.batch.sequences_per_micro_batch)
+    count, size = num_micro_batches(*dealing), rows_per_micro_batch(*dealing)
     rows = loader.rows(session.account.step)
-    count = num_micro_batches(parts.sequences_per_step, parts.runtime.ranks, size)
     return [
         parts.objective.make_batch(
             rows.tokens[first : first + size],

@@ -35,7 +35,21 @@ def test_micro_batches_hold_the_fullest_rank_and_no_fewer_would(rows, ranks, mic
     most = max(plan.rows_per_rank(rows, ranks, rank) for rank in range(ranks))
     count = plan.num_micro_batches(rows, ranks, micro_batch)
     assert (count - 1) * micro_batch < most <= count * micro_batch
-    assert 0 <= plan.waste(rows, ranks, micro_batch) < 1
+
+
+@given(sizes, sizes, sizes)
+def test_micro_batches_are_dealt_evenly(rows, ranks, micro_batch):
+    """At most one absent row in each micro-batch of the fullest rank, wherever there are more rows than that."""
+    most = max(plan.rows_per_rank(rows, ranks, rank) for rank in range(ranks))
+    count = plan.num_micro_batches(rows, ranks, micro_batch)
+    at_once = plan.rows_per_micro_batch(rows, ranks, micro_batch)
+    assert at_once <= micro_batch
+    assert most <= count * at_once < most + count
+    assert plan.waste(rows, ranks, micro_batch) == pytest.approx(1 - rows / (ranks * count * at_once))
+
+
+def test_an_uneven_dealing_wastes_little():
+    assert plan.waste(32, 3, 8) == pytest.approx(1 / 9)
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 16))
@@ -53,16 +67,18 @@ def test_nearest_settings_waste_nothing(rows, ranks, micro_batch):
 
 def test_golden_waste():
     dealt = plan.make_rows(make("batch.tokens_per_step=1280"), 2)
-    assert (dealt.num_micro_batches, round(dealt.waste, 3)) == (2, 0.375)
+    assert (dealt.num_micro_batches, round(dealt.waste, 3)) == (2, 0.167)
+    assert dealt.rows_per_micro_batch == 3
     assert dealt.nearest == (
         "batch.sequences_per_micro_batch=5",
+        "5 ranks",
         "batch.tokens_per_step=1024",
     )
 
 
 def test_waste_is_refused_at_submission_with_the_way_out():
     dealt = plan.make_rows(make("batch.tokens_per_step=1280"), 2)
-    with pytest.raises(UserError, match=r"38% .*plan\.max_waste=0\.1.*sequences_per_micro_batch=5 or batch\.tokens"):
+    with pytest.raises(UserError, match=r"17% .*plan\.max_waste=0\.1.*sequences_per_micro_batch=5 or 5 ranks or"):
         plan.require_little_waste(dealt, 0.1)
     plan.require_little_waste(dealt, 0.4)
 
