@@ -123,7 +123,7 @@ def data_verify(folder: Path, as_json: Json = False) -> None:
 def data_order(
     source: Source,
     steps: Annotated[str, typer.Option(help="Range A:B of steps, B excluded.")],
-    ranks: Annotated[int, typer.Option(help="Ranks that would read it; the hash does not depend on them.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that would read it; no hash depends on them.")] = 1,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:

@@ -110,17 +110,27 @@ def start(deterministic: bool = False) -> Runtime:
     if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu":
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    if ranks > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError(
-            f"WORLD_SIZE={ranks} is set, but not MASTER_ADDR and MASTER_PORT, where the ranks meet; "
-            "start with llm-launch or torchrun, or unset WORLD_SIZE"
-        )
+    _check_launch(ranks)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if ranks == 1 and "MASTER_ADDR" not in os.environ:
+    if ranks == 1:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
     return Runtime(rank, ranks, local_rank, device)
+
+
+def _check_launch(ranks: int) -> None:
+    has_meeting_place = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if ranks > 1 and not has_meeting_place:
+        raise UserError(
+            f"WORLD_SIZE={ranks} is set, but not MASTER_ADDR and MASTER_PORT, where the ranks meet; "
+            "start with llm-launch or torchrun, or unset WORLD_SIZE"
+        )
+    if has_meeting_place and "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        raise UserError(
+            "accelerate was asked for several processes and started one, as it does with --cpu; "
+            "give it --multi_gpu instead of --cpu (on CPUs too), or start with llm-launch or torchrun"
+        )
 
 
 def stop() -> None:

@@ -77,7 +77,7 @@ class Parts:
 
 def open_data(run: config.Config) -> DataFolders:
     """Open and check every shard folder the run names."""
-    train = open_shards(run.data.train)
+    train = _open("data.train", run.data.train)
     order = Order(train.num_tokens, run.data.sequence_tokens, run.run.seed)
     return DataFolders(train, _open_holdouts(run, train), order)
 
@@ -95,11 +95,18 @@ def build_model(run: config.Config, vocabulary_tokens: int) -> Transformer:
     return Transformer(run.model, vocabulary_tokens, COMPUTE_DTYPE[run.engine.precision])
 
 
+def _open(key: str, folder: str) -> ShardSet:
+    try:
+        return open_shards(folder)
+    except UserError as error:
+        raise UserError(f"{key}={folder}: {error}") from None
+
+
 def _open_holdouts(run: config.Config, train: ShardSet) -> dict[str, ShardSet]:
     """The held-out folders by the name of their curve; made with the training data's tokenizer."""
     opened: dict[str, ShardSet] = {}
     for folder in run.data.holdouts:
-        shards = open_shards(folder)
+        shards = _open("data.holdout", folder)
         if shards.tokenizer_fingerprint != train.tokenizer_fingerprint:
             raise UserError(
                 f"data.holdout={folder} was made with another tokenizer than data.train={run.data.train}; "

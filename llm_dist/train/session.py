@@ -183,6 +183,7 @@ class Session:
         if self.metrics is not None:
             self.metrics.close()
         self.parts.close()
+        self.watch.close()
 
 
 def _peak_memory_bytes() -> int:

@@ -72,6 +72,7 @@ def _train(run: config.Config, here: Runtime, stop: StopFlag, accepted: Sequence
         saved_step=account.step or None,
     )
     session.progress.say(_first_words(session, attempt))
+    watch.take()  # getting here is no part of the first step's speed
     try:
         return loop.train(session)
     finally:

@@ -42,6 +42,11 @@ class Watch:
         self._seconds.clear()
         return taken
 
+    def close(self) -> None:
+        """Take the heartbeat away: this attempt left in order."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
     def _beat(self, phase: str, is_due: bool) -> None:
         now = time.time()
         if self._path is None or (now - self._last_beat < MIN_SECONDS_BETWEEN_BEATS and not is_due):
