@@ -416,8 +416,12 @@ def _mistakes(error: ValidationError) -> Iterator[str]:
 def _nearest(key: str) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(key, [*fields(), *Config.model_fields], n=1)
-    return f"; did you mean {near[0]}?" if near else "; docs/configuration.md lists them"
+    near = get_close_matches(key, [*fields(), *Config.model_fields], n=1, cutoff=0.75)
+    if near:
+        return f"; did you mean {near[0]}?"
+    section = key.partition(".")[0]
+    keys = [name.partition(".")[2] for name in fields() if name.startswith(f"{section}.")]
+    return f"; [{section}] has {', '.join(keys)}" if keys else f"; the sections are {', '.join(Config.model_fields)}"
 
 
 def fields() -> dict[str, OnResume]:
