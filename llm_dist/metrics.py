@@ -112,7 +112,12 @@ class WandbSink:
         import wandb
 
         self._run = wandb.init(
-            project="llm_dist", name=run.run.name, dir=str(folder), mode="offline", config=run.model_dump(by_alias=True)
+            project="llm_dist",
+            name=run.run.name,
+            dir=str(folder),
+            mode="offline",
+            config=run.model_dump(by_alias=True),
+            settings=wandb.Settings(silent=True),
         )
 
     def write(self, step: int, values: Flat) -> None:
