@@ -151,6 +151,43 @@ def data_order(
     _finish(work, as_json)
 
 
+@data_app.command("trace", epilog=_examples("llm-dist data trace runs/demo --step 812"))
+def data_trace(
+    source: Source,
+    step: Annotated[int, typer.Option(min=1, help="Which step, as metrics number them: the first is 1.")],
+    max_characters: Annotated[int, typer.Option(min=0, help="Most characters of text to show per document.")] = 80,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Name the documents that a step read: source file, shard, chunk, tokens, text; one line per row and document."""
+
+    def work() -> int:
+        from llm_dist import config
+        from llm_dist.data.index import open_shards
+        from llm_dist.data.order import Order
+        from llm_dist.data.trace import trace
+
+        run = config.load(source, overrides or ())
+        shards = open_shards(run.data.train)
+        record = Path(source) / "source.json"
+        began_on = json.loads(record.read_text())["fingerprints"]["data"] if record.is_file() else shards.fingerprint
+        if began_on != shards.fingerprint:
+            raise UserError(
+                f"data.train={run.data.train}: its data fingerprint is {shards.fingerprint[:12]}, and the run read "
+                f"{began_on[:12]}; restore the folder to trace its steps"
+            )
+        order = Order(shards.num_tokens, run.data.sequence_tokens, run.run.seed)
+        per_step = run.batch.tokens_per_step // run.data.sequence_tokens
+        found = trace(shards, order, step, per_step, max_characters)
+        if as_json:
+            _show(found, as_json)
+        else:
+            print(*found.lines(), sep="\n")
+        return 0
+
+    raise typer.Exit(exit_code_of(work))
+
+
 @app.command(
     epilog=_examples(
         "llm-dist train configs/demo.toml run.steps=200", "torchrun --nproc-per-node 8 -m llm_dist train RUN"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO, Literal, NamedTuple, get_args
 
 from llm_dist.data.inputs import BrokenFileError, InputFile, find_files, naming, open_seekable, open_stream
@@ -47,6 +47,7 @@ class Tally:
     num_bad_records: int = 0
     """Records, or rests of broken files, left out by on_bad="skip"."""
     first_bad: str | None = None
+    documents_per_file: list[int] = field(default_factory=list)
 
     def bad(self, message: str, on_bad: OnBad) -> None:
         """Count a record that cannot be used, or refuse it."""
@@ -82,6 +83,7 @@ def read_files(files: Sequence[InputFile], *, split: Split, on_bad: OnBad, tally
             raise UserError(f"--{key} {value}: must be one of {', '.join(allowed)}")
     for file in files:
         tally.num_files += 1
+        tally.documents_per_file.append(0)
         for record in _records(file, split, on_bad, tally):
             if not record.text or record.text.isspace():
                 tally.num_empty_documents += 1
@@ -92,6 +94,7 @@ def read_files(files: Sequence[InputFile], *, split: Split, on_bad: OnBad, tally
                 tally.bad(f"{file.shown}: line {record.number}: not valid Unicode ({error.reason})", on_bad)
                 continue
             tally.num_documents += 1
+            tally.documents_per_file[-1] += 1
             yield Document(record.text, file.name, record.id or f"{file.name}:{record.number}")
     if not tally.num_documents:
         raise UserError(

@@ -101,7 +101,7 @@ class ShardSet:
         pieces = []
         position, left = start % self.num_tokens, count
         while left:
-            chunk = self._chunk_at(position)
+            chunk = self.chunk_at(position)
             self._check_tokens(np.array([chunk]))
             size = min(left, int(self._first_token[chunk + 1]) - position)
             first = position + int(self._shift[chunk])
@@ -137,7 +137,7 @@ class ShardSet:
         pieces = []
         position, done = start % self.num_tokens, 0
         while done < count:
-            chunk = self._chunk_at(position)
+            chunk = self.chunk_at(position)
             base = int(self._first_token[chunk])
             low, high = position - base, min(position - base + count - done, int(self._first_token[chunk + 1]) - base)
             ends = self.document_ends(chunk)[:-1]
@@ -184,6 +184,26 @@ class ShardSet:
             self._documents_checked[chunk] = True
         return ends
 
+    def chunk_at(self, position: int) -> int:
+        """Number of the chunk, over all shards, that holds token `position` of the stream."""
+        return int(self._first_token.searchsorted(position, side="right")) - 1
+
+    def first_token(self, chunk: int) -> int:
+        """Where a chunk begins in the stream."""
+        return int(self._first_token[chunk])
+
+    def first_documents(self) -> npt.NDArray[np.int64]:
+        """[num_chunks]: number, in the stream, of the document to which each chunk's first token belongs."""
+        counts = self._rows["num_documents"].astype(np.int64)
+        continued = (self._rows["flags"] & CONTINUES).astype(np.int64)
+        first: npt.NDArray[np.int64] = np.cumsum(counts) - counts - np.cumsum(continued)
+        return first
+
+    def place_of(self, chunk: int) -> tuple[str, int]:
+        """Name of the shard that holds a chunk, and the chunk's number inside it."""
+        shard = int(self._shard_of[chunk])
+        return self.dataset["shards"][shard]["name"], chunk - int(self._shard_of.searchsorted(shard))
+
     def continues(self, chunk: int) -> bool:
         """Whether the chunk's first document began in an earlier chunk."""
         return bool(self._rows["flags"][chunk] & CONTINUES)
@@ -193,9 +213,6 @@ class ShardSet:
         with self._lock:
             self._closed = True
             self._maps.clear()
-
-    def _chunk_at(self, position: int) -> int:
-        return int(self._first_token.searchsorted(position, side="right")) - 1
 
     def _check_tokens(self, chunks: Integers) -> None:
         checked = self._tokens_checked[chunks]
@@ -209,10 +226,10 @@ class ShardSet:
             self._tokens_checked[chunk] = True
 
     def _damage(self, chunk: int, what: str) -> str:
-        shard = int(self._shard_of[chunk])
-        name = self.dataset["shards"][shard]["name"]
-        within = chunk - int(np.searchsorted(self._shard_of, shard))
-        found = stored_dtype(self._shard(shard).view(np.uint8), int(self._rows["token_offset"][chunk]))
+        name, within = self.place_of(chunk)
+        found = stored_dtype(
+            self._shard(int(self._shard_of[chunk])).view(np.uint8), int(self._rows["token_offset"][chunk])
+        )
         why = "checksum differs" if found in (None, self.dtype) else f"stored as {found}, not {self.dtype}"
         return (
             f"{self.folder / name}: chunk {within} is damaged ({what}: {why}); "

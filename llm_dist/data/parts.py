@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_dist.data.documents import Document, num_utf8_bytes
-from llm_dist.data.spill import mix64
+from llm_dist.data.spill import Words, mix64
 from llm_dist.errors import UserError
 
 _BIN_BITS = 16
@@ -36,6 +37,7 @@ class Parts:
     how: str
     """For people: how the held-out part was chosen."""
     held_bins: int = 0
+    """Bins of hashes, from the first on, whose documents are held out."""
     tail_from: int | None = None
     """Documents from this number on are held out."""
     cut: tuple[str, str] | None = None
@@ -45,7 +47,17 @@ class Parts:
         """Whether the document with this number and hash is held out (the one that is cut: its end is)."""
         if self.tail_from is not None:
             return number >= self.tail_from
-        return int(_bin(word)) < self.held_bins
+        return _bin(word) < self.held_bins
+
+    def masks(
+        self, numbers: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Which of many documents have text that is trained on, and which have held-out text: [n], [n]."""
+        if self.tail_from is None:
+            held = _bin(hashes) < np.uint64(self.held_bins)
+            return ~held, held
+        held = numbers >= self.tail_from
+        return ~held | (numbers == self.tail_from) & (self.cut is not None), held
 
     def cut_of(self, number: int) -> tuple[str, str] | None:
         """Head and tail of the document's text if it is the one that is cut."""
@@ -55,7 +67,11 @@ class Parts:
 ALL_TRAIN = Parts("nothing is held out")
 
 
-def _bin(word: int) -> int:
+@overload
+def _bin(word: int) -> int: ...
+@overload
+def _bin(word: Words) -> Words: ...
+def _bin(word: Any) -> Any:
     return mix64(word ^ _SALT) >> (64 - _BIN_BITS)
 
 
@@ -68,8 +84,7 @@ class Bytes:
 
     def add(self, hashes: npt.NDArray[np.uint64], num_bytes: npt.NDArray[np.int64]) -> None:
         """Count documents: hashes and bytes [n]."""
-        bins = mix64(hashes ^ np.uint64(_SALT)) >> np.uint64(64 - _BIN_BITS)
-        np.add.at(self._of_bin, bins.astype(np.int64), num_bytes)
+        np.add.at(self._of_bin, _bin(hashes).astype(np.int64), num_bytes)
         self.total += int(num_bytes.sum())
 
     def whole_documents(self, share: float) -> Parts | None:

@@ -21,6 +21,7 @@ from llm_dist.data.documents import OnBad, Split, Tally, read_files
 from llm_dist.data.encoding import encode, encode_all, num_workers
 from llm_dist.data.folder import DTYPES
 from llm_dist.data.inputs import InputFile, find_files
+from llm_dist.data.origin import Part, SourceCounts, origin_record
 from llm_dist.data.output import Output
 from llm_dist.data.parts import ALL_TRAIN, Bytes, Parts, tail
 from llm_dist.data.shards import ShardWriter, dtype_name
@@ -181,17 +182,19 @@ def _write(job: _Job, spill: Spill, parts: Parts, made_from: Mapping[str, Any], 
     vocabulary, fingerprint = job.tokenizer.vocabulary_tokens, job.tokenizer.fingerprint
     done = Progress("writing")
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(ShardWriter(job.output.work / part, vocabulary, fingerprint))
-            for part in (("train", "holdout") if job.holdout else ("train",))
-        ]
+        names: tuple[Part, ...] = ("train", "holdout") if job.holdout else ("train",)
+        writers = [stack.enter_context(ShardWriter(job.output.work / name, vocabulary, fingerprint)) for name in names]
+        sources = [SourceCounts(tally.documents_per_file) for _ in names]
         for number, word, ids, num_bytes in spill.documents():
             if cut := parts.cut_of(number):
                 pieces = [encode(job.tokenizer, [text]) for text in cut]
-                for writer, piece in zip(writers, pieces, strict=True):
+                for writer, source, piece in zip(writers, sources, pieces, strict=True):
                     writer.add(piece.ids, int(piece.num_bytes[0]))
+                    source.add(number, len(piece.ids), int(piece.num_bytes[0]))
             else:
-                writers[parts.holds(number, word)].add(ids, num_bytes)
+                held = parts.holds(number, word)
+                writers[held].add(ids, num_bytes)
+                sources[held].add(number, len(ids), num_bytes)
             done = Progress("writing", done.num_documents + 1, done.num_tokens + len(ids), done.num_bytes + num_bytes)
             if done.num_documents % 4096 == 0:
                 job.progress(done)
@@ -203,8 +206,11 @@ def _write(job: _Job, spill: Spill, parts: Parts, made_from: Mapping[str, Any], 
             "num_bad_records": tally.num_bad_records,
             "first_bad": tally.first_bad,
         }
-        for writer in writers:
-            writer.close([job.tokenizer.folder / name for name in FILES], {**made_from, "outcome": outcome})
+        tokenizer_files = [job.tokenizer.folder / name for name in FILES]
+        for name, writer, source in zip(names, writers, sources, strict=True):
+            documents = origin_record(name, tally.documents_per_file, parts)
+            record = {**made_from, "outcome": outcome, "documents": documents, "sources": source.record()}
+            writer.close(tokenizer_files, record)
     job.progress(done)
 
 
