@@ -330,7 +330,12 @@ def _show(result: Any, as_json: bool) -> None:
         return
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
-        print(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            print(name.replace("_", " "))
+            for entry in value:
+                print("  " + ", ".join(f"{key.replace('_', ' ')} {_readable(item)}" for key, item in entry.items()))
+        else:
+            print(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
 
 
 def _readable(value: Any) -> str:

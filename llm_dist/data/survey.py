@@ -5,9 +5,10 @@ Reads the document ends of the whole folder and the tokens of the samples only. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import count
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,20 @@ from llm_dist.data.order import Indices
 
 BATCH_DOCUMENTS = 64
 _FEWEST_BATCHES = 8
+MOST_SOURCES = 20
 _LONGEST_EXACT_TOKENS = 1 << 20
 _SEARCHED_TOKENS = 1 << 20
 _SHARD_KEYS = ("name", "bytes", "num_chunks", "num_tokens", "num_documents", "num_bytes")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an input file or folder gave to this part; tokens count separators."""
+
+    name: str
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class Survey:
     """1 for shuffled documents, above when alike ones stand together; `_BatchMoments.ratio` says what it compares."""
     samples: list[str]
     """The beginning of a few documents, decoded, evenly spread over the stream."""
+    sources: list[Source]
+    """The largest first; empty where dataset.json does not record them."""
     shards: list[dict[str, Any]]
     """Name and counts of each shard."""
 
@@ -76,13 +90,39 @@ def survey(folder: str | Path, num_samples: int = 3, sample_tokens: int = 64) ->
             bytes_per_token=shards.num_bytes / shards.num_tokens,
             mean_tokens=shards.num_tokens / num_documents,
             median_tokens=int(np.cumsum(counts).searchsorted((num_documents + 1) // 2)),
-            length_histogram={1 << power: count for power, count in enumerate(histogram.tolist()) if count},
+            length_histogram={1 << power: size for power, size in enumerate(histogram.tolist()) if size},
             shuffle_ratio=moments.ratio(),
             samples=_samples(shards, num_samples, sample_tokens),
+            sources=sources(shards.dataset),
             shards=[{key: shard[key] for key in _SHARD_KEYS} for shard in shards.dataset["shards"]],
         )
     finally:
         shards.close()
+
+
+def sources(dataset: dict[str, Any]) -> list[Source]:
+    """Counts per input file, or per folder where there are more than MOST_SOURCES files; the smallest are summed."""
+    made_from = dataset.get("made_from", {})
+    if (counts := made_from.get("sources")) is None:
+        return []
+    names = [PurePosixPath(str(file["name"])) for file in made_from["inputs"]]
+    if len(names) > MOST_SOURCES:
+        names = _top_folders(names)
+    sums: dict[str, np.ndarray] = {}
+    columns = (counts["num_documents"], counts["num_tokens"], counts["num_bytes"])
+    for name, *values in zip(map(str, names), *columns, strict=True):
+        sums[name] = sums.get(name, 0) + np.array(values, np.int64)
+    largest = sorted(sums.items(), key=lambda source: (-source[1][1], source[0]))
+    rest = largest[MOST_SOURCES:]
+    if rest:
+        largest[MOST_SOURCES:] = [(f"{len(rest)} others", np.sum([values for _, values in rest], axis=0))]
+    return [Source(name, *values.tolist()) for name, values in largest]
+
+
+def _top_folders(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
+    """For each file, its path up to the first folder (or file) that is not the same for all."""
+    depth = next(depth for depth in count(1) if len({file.parts[:depth] for file in files}) > 1)
+    return [PurePosixPath(*file.parts[:depth]) for file in files]
 
 
 def _document_lengths(shards: ShardSet) -> Iterator[Indices]:
