@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llm_dist import config
+from llm_dist.errors import UserError
 
 KEPT_OPERATORS = frozenset(
     {
@@ -28,6 +32,16 @@ KEPT_OPERATORS = frozenset(
 """Selective recompute keeps what is expensive to compute and recomputes the rest (arXiv 2205.05198)."""
 
 
+COMPILER = "a C++ compiler (g++ on PATH, or CXX) and Python's headers (python3-dev)"
+
+
+def of(trainee: nn.Module) -> nn.ModuleList:
+    """The repeated blocks of a trainee."""
+    blocks = trainee.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
 def prepare(blocks: nn.ModuleList, engine: config.Engine, has_dropout: bool, report: Callable[[str], None]) -> None:
     """Apply `engine.recompute` and `engine.compile` to each block, in place; parameter names do not change."""
     for block in blocks:
@@ -39,21 +53,23 @@ def prepare(blocks: nn.ModuleList, engine: config.Engine, has_dropout: bool, rep
 
 
 def has_compiler(device_type: str) -> bool:
-    """Whether torch.compile can build code here: a C++ compiler, and Triton for a GPU."""
-    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-    has_cxx = any(shutil.which(name) for name in names)
+    """Whether torch.compile can build code here: the C++ compiler it calls, Python's headers, Triton for a GPU."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    if not has_headers or shutil.which(os.environ.get("CXX", default)) is None:
+        return False
     if device_type == "cpu":
-        return has_cxx
+        return True
     from torch.utils._triton import has_triton
 
-    return has_cxx and bool(has_triton())
+    return bool(has_triton())
 
 
 def _recompute(block: nn.Module, selective: bool, has_dropout: bool) -> None:
     extra: dict[str, Any] = {}
     if selective:
         extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_expensive)
-    block.forward = functools.partial(  # type: ignore[method-assign]
+    block.forward = functools.partial(
         checkpoint, block.forward, use_reentrant=False, preserve_rng_state=has_dropout, **extra
     )
 
@@ -70,5 +86,7 @@ def _should_compile(engine: config.Engine, report: Callable[[str], None]) -> boo
         return False
     if has_compiler("cuda" if torch.cuda.is_available() else "cpu"):
         return True
-    report("engine.compile: off, no C++ compiler found (install g++ or set CXX for a faster step)")
+    if engine.compile == "on":
+        raise UserError(f"engine.compile=on needs {COMPILER}; install them, or set engine.compile=auto")
+    report(f"engine.compile: off; it needs {COMPILER}")
     return False

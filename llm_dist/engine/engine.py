@@ -1,6 +1,7 @@
 """What every engine does: one optimizer step over micro-batches, whatever is sharded and whoever shards it.
 
-An engine receives a module whose `forward(batch)` returns a `LossSum`; it knows neither model nor data. The gradient
+An engine receives a trainee: a module with `blocks` (a ModuleList) whose `forward(batch)` returns a `LossSum`. It
+knows neither model nor data. The gradient
 it applies is d(sum of the step's loss) / (valid tokens of the whole step), over all ranks and micro-batches; each
 subclass undoes what its vendor averages.
 """
@@ -11,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,6 @@ from llm_dist.runtime import Runtime, derived_seed
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 """State tensors an optimizer keeps for each parameter."""
-
-
-class Trainee(Protocol):
-    """What an engine trains."""
-
-    blocks: nn.ModuleList
-
-    def __call__(self, batch: Batch) -> LossSum:
-        """Loss of one micro-batch."""
 
 
 FillParameter = Callable[[str, torch.Size], Tensor]
@@ -110,11 +102,13 @@ class Engine(ABC):
         return next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
 
     def state_was_written(self, optimizer_steps: int) -> None:
-        """Make values written into `state()` take effect: working copies follow, the optimizer's count is set."""
+        """Make values written into `state()` take effect: working copies follow, the optimizer's count is set.
+
+        Collective: all ranks call this.
+        """
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] = torch.full_like(torch.as_tensor(state["step"]), float(optimizer_steps))
-        self._refresh()
 
     def close(self) -> None:
         """Release what the vendor holds."""
@@ -148,6 +142,3 @@ class Engine(ABC):
     @abstractmethod
     def _partitions(self) -> Iterable[tuple[str, dict[str, Partition]]]:
         """Parameter name -> partitions by kind ("param" and moments)."""
-
-    def _refresh(self) -> None:
-        """Working copies follow the full-precision values; nothing to do where there are none."""

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from llm_dist import config, optim
+from llm_dist.engine import blocks
 from llm_dist.engine.engine import Engine, FillParameter
 from llm_dist.engine.partition import Partition
 from llm_dist.errors import UserError
@@ -36,9 +37,10 @@ class FsdpEngine(Engine):
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         trainee.to(runtime.device)
-        for block in cast(nn.ModuleList, trainee.blocks):
+        for block in blocks.of(trainee):
             fully_shard(block, mesh=self._mesh, mp_policy=policy)
-        self.module = self.trainee = fully_shard(trainee, mesh=self._mesh, mp_policy=policy)
+        fully_shard(trainee, mesh=self._mesh, mp_policy=policy)
+        self.module = self.trainee = trainee
         self._fill_shards(fill)
         self.optimizer = optim.build(trainee.named_parameters(), run.optim)
         self._require_moments(trainee.parameters())
@@ -66,6 +68,7 @@ class FsdpEngine(Engine):
         return cast(DTensor, norm).full_tensor()
 
     def _partitions(self) -> Iterable[tuple[str, dict[str, Partition]]]:
+        cast(FSDPModule, self.module).reshard()  # an evaluation leaves what lies outside the blocks gathered
         replicas = self._mesh.size(0) if self._mesh.ndim == 2 else 1
         replica = self._mesh.get_local_rank(0) if self._mesh.ndim == 2 else 0
         for name, parameter in self.trainee.named_parameters():
@@ -73,12 +76,19 @@ class FsdpEngine(Engine):
             _, offset = _rows_held(cast(DTensor, parameter))
             row_elements = parameter[0].numel() if parameter.ndim > 1 else 1
             tensors = {"param": parameter, **self._moments_of(parameter)}
-            yield name, {
-                kind: Partition(
-                    cast(DTensor, tensor.detach()).to_local().reshape(-1), offset * row_elements, shape, replica, replicas
-                )
-                for kind, tensor in tensors.items()
-            }
+            yield (
+                name,
+                {
+                    kind: Partition(
+                        cast(DTensor, tensor.detach()).to_local().reshape(-1),
+                        offset * row_elements,
+                        shape,
+                        replica,
+                        replicas,
+                    )
+                    for kind, tensor in tensors.items()
+                },
+            )
 
 
 def _mesh(runtime: Runtime, shard_ranks: int | None) -> DeviceMesh:
@@ -94,7 +104,5 @@ def _mesh(runtime: Runtime, shard_ranks: int | None) -> DeviceMesh:
 
 def _rows_held(parameter: DTensor) -> tuple[int, int]:
     """How many rows of the full tensor this rank holds, and the first of them."""
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return int(shape[0]), int(offset[0]) if shape[0] else 0

@@ -27,6 +27,18 @@ class PlainEngine(Engine):
         self.module: nn.Module = self.trainee
         if runtime.ranks > 1:
             self.module = DistributedDataParallel(self.trainee, gradient_as_bucket_view=True)
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Let DDP lay out its buckets for good, on gradients of zero.
+
+        It does so after its first backward pass, by order of arrival, and how three or more ranks add up depends on
+        where an element lies: without this the first step after a resume differs in the last bit.
+        """
+        self.trainee.forward = lambda: sum(0.0 * parameter.sum() for parameter in self.trainee.parameters())
+        self.module().backward()
+        del self.trainee.forward
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _accumulating(self, is_last: bool) -> AbstractContextManager[None]:
         if isinstance(self.module, DistributedDataParallel) and not is_last:
@@ -47,9 +59,10 @@ class PlainEngine(Engine):
         for name, parameter in self.trainee.named_parameters():
             tensors = {"param": parameter, **self._moments_of(parameter)}
             shape = tuple(parameter.shape)
-            yield name, {
-                kind: Partition(tensor.detach().view(-1), 0, shape, rank, ranks) for kind, tensor in tensors.items()
-            }
+            yield (
+                name,
+                {kind: Partition(tensor.detach().view(-1), 0, shape, rank, ranks) for kind, tensor in tensors.items()},
+            )
 
 
 def fill_parameters(trainee: nn.Module, fill: FillParameter) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from llm_dist import config
 from llm_dist.engine import blocks
-from llm_dist.engine.engine import Engine, FillParameter, Trainee
+from llm_dist.engine.engine import Engine, FillParameter
 from llm_dist.errors import UserError
 from llm_dist.runtime import Runtime
 
 
 def build(
-    trainee: Trainee, fill: FillParameter, run: config.Config, runtime: Runtime, report: Callable[[str], None]
+    trainee: nn.Module, fill: FillParameter, run: config.Config, runtime: Runtime, report: Callable[[str], None]
 ) -> Engine:
     """Prepare the trainee's blocks, then hand it to the engine; collective: all ranks call this.
 
     Args:
-        trainee: module to train, with `blocks`.
+        trainee: module to train, with `blocks`, whose forward(batch) returns a `LossSum`.
         fill: full initial value of each parameter, by name.
         run: the run file.
         runtime: this process.
@@ -25,7 +27,7 @@ def build(
     """
     if run.engine.shard_ranks is not None and run.engine.name != "fsdp":
         raise UserError(f'engine.shard_ranks works with engine.name="fsdp", not "{run.engine.name}"')
-    blocks.prepare(trainee.blocks, run.engine, run.model.dropout > 0, report)
+    blocks.prepare(blocks.of(trainee), run.engine, run.model.dropout > 0, report)
     match run.engine.name:
         case "plain":
             from llm_dist.engine.plain import PlainEngine

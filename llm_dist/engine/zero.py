@@ -64,7 +64,7 @@ class ZeroEngine(Engine):
         for name, parameter in self.trainee.named_parameters():
             held = self._view.range_of(parameter)
             held.view(held.flat).copy_(initial[name].view(-1)[held.start : held.start + held.length])
-        self._refresh()
+        self._view.refresh()
 
     def _accumulating(self, is_last: bool) -> AbstractContextManager[None]:
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
@@ -90,12 +90,17 @@ class ZeroEngine(Engine):
         for name, parameter in self.trainee.named_parameters():
             held = self._view.range_of(parameter)
             buffers = {"param": held.flat, **self._moments_of(held.flat)}
-            yield name, {
-                kind: Partition(held.view(buffer), held.start, held.shape, rank, ranks)
-                for kind, buffer in buffers.items()
-            }
+            yield (
+                name,
+                {
+                    kind: Partition(held.view(buffer), held.start, held.shape, rank, ranks)
+                    for kind, buffer in buffers.items()
+                },
+            )
 
-    def _refresh(self) -> None:
+    def state_was_written(self, optimizer_steps: int) -> None:
+        """As `Engine.state_was_written`; the working weights are rounded from the masters anew."""
+        super().state_was_written(optimizer_steps)
         self._view.refresh()
 
     def close(self) -> None:
@@ -113,10 +118,11 @@ def deepspeed_config(run: config.Config) -> dict[str, Any]:
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        "bf16": {"enabled": is_bf16},
+        "bf16": {"enabled": is_bf16, "check_grad_overflow": False},
     }
-    if is_bf16 and stage > 0:
+    if is_bf16:
         told["communication_data_type"] = "fp32"
+    if is_bf16 and stage > 0:
         told["data_types"] = {"grad_accum_dtype": "fp32"}
     return told
 
@@ -146,5 +152,3 @@ def _innermost(wrapper: Any) -> torch.optim.Optimizer:
     while not isinstance(wrapper, torch.optim.Optimizer):
         wrapper = wrapper.optimizer
     return wrapper
-
-

@@ -1,6 +1,7 @@
 """Ranks that stay: worker processes joined in one gloo group, which run one function after another.
 
-Importing torch and DeepSpeed takes seconds a process, so the groups of 1, 2 and 4 ranks live as long as the test run.
+Importing torch and DeepSpeed takes many seconds a process, so one server imports them and forks the ranks, and the
+groups of 1, 2 and 4 ranks live as long as the test run.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,14 +20,16 @@ TASK_SECONDS = 240
 class Ranks:
     """A group of processes; `run(function, *args)` calls function(runtime, *args) on each and returns their results."""
 
-    def __init__(self, ranks: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, ranks: int, environment: Mapping[str, str | None] | None = None) -> None:
+        """`environment` is what the ranks see changed; None removes a variable. They then import everything anew."""
+        context = multiprocessing.get_context("spawn" if environment else "forkserver")
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.dist.preloaded"])
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, ranks, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, ranks, port, theirs, environment or {}), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -53,7 +56,12 @@ class Ranks:
             process.kill()
 
 
-def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, ranks: int, port: int, pipe: Connection, environment: Mapping[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
@@ -61,6 +69,7 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
     import torch
 
@@ -72,9 +81,10 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
         function, args = task
         try:
             pipe.send((True, function(here, *args)))
-        except BaseException:
+        except BaseException:  # noqa: BLE001  the test raises it
             pipe.send((False, traceback.format_exc()))
     runtime.stop()
+    os._exit(0)  # tearing down an interpreter full of vendors takes seconds
 
 
 def _free_port() -> int:

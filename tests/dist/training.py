@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from llm_dist import config, optim
@@ -20,6 +24,23 @@ VOCABULARY = 101
 SEQUENCE = 24
 ROWS = 12
 
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+ENGINES = {
+    "plain": ("engine.name=plain",),
+    **{f"zero{stage}": ("engine.name=zero", f"engine.zero_stage={stage}") for stage in range(4)},
+    "fsdp": ("engine.name=fsdp",),
+    "hybrid": ("engine.name=fsdp", "engine.shard_ranks=2"),
+}
+"""Overrides that choose each engine; hybrid needs an even number of ranks."""
+
+
+class Trajectory(NamedTuple):
+    """What a run went through, by step."""
+
+    losses: list[float]
+    grad_norms: list[float]
+
 
 def run_file(*overrides: str) -> config.Config:
     table = {
@@ -33,52 +54,74 @@ def run_file(*overrides: str) -> config.Config:
     return config.parse(table, overrides)
 
 
-def engine_of(run: config.Config, here: Runtime) -> Engine:
+def rows_per_step(rows: int) -> str:
+    return f"batch.tokens_per_step={rows * SEQUENCE}"
+
+
+def micro_batch(rows: int) -> str:
+    return f"batch.sequences_per_micro_batch={rows}"
+
+
+def engine_of(run: config.Config, here: Runtime, remarks: list[str] | None = None) -> Engine:
     model = Transformer(run.model, VOCABULARY, torch.float32 if run.engine.precision == "fp32" else torch.bfloat16)
     trainee = Trainee(model, build(run.objective))
     return select.build(
         trainee,
-        lambda name, shape: initial_value(name, shape, run.model, run.init.std, run.run.seed),
+        lambda name, shape: first_value(run, name, shape),
         run,
         here,
-        lambda line: None,
+        (lambda line: None) if remarks is None else remarks.append,
     )
 
 
-def micro_batches(run: config.Config, here: Runtime, step: int, uneven: bool = True) -> tuple[list[Batch], int]:
-    """This rank's micro-batches of a step and the step's scored positions; `uneven`: rows are scored in part."""
+def first_value(run: config.Config, name: str, shape: Iterable[int]) -> torch.Tensor:
+    return initial_value(name, tuple(shape), run.model, run.init.std, run.run.seed)
+
+
+def micro_batches(run: config.Config, here: Runtime, step: int) -> tuple[list[Batch], int]:
+    """This rank's micro-batches of a step, rows scored in part, and the scored positions of the whole step."""
+    rows, size = run.batch.tokens_per_step // SEQUENCE, run.batch.sequences_per_micro_batch
     random = np.random.default_rng(1000 + step)
-    walk = np.cumsum(random.integers(0, 3, (ROWS, SEQUENCE + 1)), axis=1) + random.integers(0, 50, (ROWS, 1))
+    walk = np.cumsum(random.integers(0, 3, (rows, SEQUENCE + 1)), axis=1) + random.integers(0, 50, (rows, 1))
     tokens = (walk % VOCABULARY).astype(np.int64)
-    scored = random.integers(1, SEQUENCE + 1, ROWS) if uneven else np.full(ROWS, SEQUENCE)
-    objective, size = build(run.objective), run.batch.sequences_per_micro_batch
-    own = rank_rows(ROWS, here.ranks, here.rank)
+    documents = np.cumsum(random.random((rows, SEQUENCE + 1)) < 0.1, axis=1).astype(np.int64)
+    scored = random.integers(1, SEQUENCE + 1, rows)
+    objective, own = build(run.objective), rank_rows(rows, here.ranks, here.rank)
     batches = []
-    for index in range(num_micro_batches(ROWS, here.ranks, size)):
-        rows = own[index * size : (index + 1) * size]
-        batch = objective.make_batch(tokens[rows.start : rows.stop], None, size)
-        for position, row in enumerate(rows):
+    for index in range(num_micro_batches(rows, here.ranks, size)):
+        chosen = own[index * size : (index + 1) * size]
+        cut = slice(chosen.start, chosen.stop)
+        batch = objective.make_batch(tokens[cut], documents[cut] if run.data.document_mask else None, size)
+        for position, row in enumerate(chosen):
             batch.labels[position, scored[row] :] = NOT_SCORED
-        batches.append(batch)
+        batches.append(batch.to(here.device))
     return batches, int(scored.sum())
 
 
-def losses(engine: Engine, run: config.Config, here: Runtime, steps: range) -> list[float]:
-    """Train over `steps` and return each step's mean loss over all ranks."""
-    found = []
+def train(engine: Engine, run: config.Config, here: Runtime, steps: range) -> Trajectory:
+    """Train over `steps`; losses are means over all ranks."""
+    losses, grad_norms = [], []
     for step in steps:
         batches, valid = micro_batches(run, here, step)
         result = engine.train_step(batches, valid, optim.learning_rate(run, step), step)
-        found.append(float(here.sum(result.nats)) / valid)
-    return found
+        losses.append(float(here.sum(result.nats)) / valid)
+        grad_norms.append(float(result.grad_norm))
+    return Trajectory(losses, grad_norms)
 
 
-def parameters(engine: Engine, here: Runtime) -> dict[str, torch.Tensor]:
-    """Every full parameter, gathered."""
-    full = {}
-    for key, part in engine.state().items():
-        whole = torch.zeros(int(np.prod(part.shape)))
-        if part.replica == 0:
-            whole[part.start : part.start + part.values.numel()] = part.values.float()
-        full[key] = here.sum(whole).view(part.shape).clone()
-    return full
+def whole_state(engine: Engine, here: Runtime) -> Arrays:
+    """Every state tensor, gathered; replicas of a partition must be equal. Collective."""
+    state = engine.state()
+    sizes = [int(np.prod(part.shape)) for part in state.values()]
+    copies = torch.zeros(2, sum(sizes))
+    for part, end in zip(state.values(), np.cumsum(sizes).tolist(), strict=True):
+        first = end - int(np.prod(part.shape)) + part.start
+        for copy, replica in enumerate((0, part.num_replicas - 1)):
+            if part.replica == replica:
+                copies[copy, first : first + part.values.numel()] = part.values.cpu()
+    first_copies, last_copies = here.sum(copies)
+    assert torch.equal(first_copies, last_copies), "replicas of the state differ"
+    return {
+        key: whole.view(part.shape).numpy().copy()
+        for (key, part), whole in zip(state.items(), first_copies.split(sizes), strict=True)
+    }

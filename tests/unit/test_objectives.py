@@ -1,0 +1,106 @@
+"""Rows of tokens to a batch, and a batch to a loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_dist import config, objectives
+from llm_dist.batch import NOT_SCORED
+from llm_dist.model.init import initialize
+from llm_dist.model.transformer import Transformer
+from llm_dist.objectives import Causal, Trainee, positions_in_documents
+
+MODEL = config.Model(layers=1, d_model=8, heads=2, d_ff=16, max_sequence_tokens=16, vocabulary_multiple=1)
+
+
+def model_of(model: config.Model = MODEL) -> Transformer:
+    built = Transformer(model, 11, torch.float32)
+    initialize(built, model, 0.5, seed=3)
+    return built
+
+
+def rows(count: int, sequence_tokens: int = 5) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    return np.random.default_rng(2).integers(0, 11, (count, sequence_tokens + 1))
+
+
+def test_labels_are_the_tokens_after_the_inputs() -> None:
+    tokens = rows(2)
+    batch = Causal().make_batch(tokens, None, 2)
+
+    assert batch.input_ids.tolist() == tokens[:, :-1].tolist()
+    assert batch.labels.tolist() == tokens[:, 1:].tolist()
+    assert batch.document_ids is None and batch.positions is None
+
+
+def test_absent_rows_are_not_scored() -> None:
+    batch = Causal().make_batch(rows(1), None, 3)
+
+    assert batch.input_ids.shape == batch.labels.shape == (3, 5)
+    assert (batch.labels[1:] == NOT_SCORED).all()
+    assert batch.num_valid() == 5
+
+
+def test_a_batch_without_any_row_has_its_shape_and_no_loss() -> None:
+    batch = Causal().make_batch(rows(0), rows(0), 2)
+    loss = Causal().loss(model_of(), batch)
+
+    assert batch.num_valid() == 0
+    assert loss.nats.item() == 0.0
+    assert loss.tokens.item() == 0
+
+
+def test_absent_rows_change_no_gradient() -> None:
+    found = []
+    for num_rows in (2, 4):
+        model = model_of()
+        Causal(z_loss=0.1).loss(model, Causal().make_batch(rows(2), None, num_rows)).total.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_the_negative_log_likelihood_of_the_next_tokens() -> None:
+    model, tokens = model_of(), rows(3)
+    batch = Causal(z_loss=0.01).make_batch(tokens, None, 3)
+    loss = Trainee(model, Causal(z_loss=0.01))(batch)
+    logits = model.head.logits(model(batch.input_ids)).double()
+    normaliser = logits.logsumexp(-1)
+    expected = (normaliser - logits.gather(-1, batch.labels[..., None])[..., 0]).sum()
+
+    assert loss.nats.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.penalty.item() == pytest.approx(0.01 * normaliser.square().sum().item(), rel=1e-5)
+    assert loss.total.item() == pytest.approx(loss.nats.item() + loss.penalty.item(), rel=1e-6)
+    assert loss.tokens.item() == 15
+
+
+def test_a_document_is_scored_alike_alone_and_behind_another() -> None:
+    """Masks stop at borders and positions begin anew there."""
+    tokens = rows(1, sequence_tokens=10)
+    documents = np.array([[0] * 4 + [1] * 7])
+    together = Causal().make_batch(tokens, documents, 1)
+    together.labels[:, :4] = NOT_SCORED
+    alone = Causal().make_batch(tokens[:, 4:], None, 1)
+    model = model_of()
+
+    found, expected = (Causal().loss(model, batch).nats.item() for batch in (together, alone))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_positions_count_from_each_documents_start(lengths: list[int]) -> None:
+    ids = torch.tensor([[number for number, length in enumerate(lengths) for _ in range(length)]])
+    expected = [position for length in lengths for position in range(length)]
+
+    assert positions_in_documents(ids).tolist() == [expected]
+
+
+def test_build_passes_the_z_loss_on() -> None:
+    built = objectives.build(config.Objective(z_loss=0.25))
+
+    assert isinstance(built, Causal)
+    assert built.z_loss == 0.25
