@@ -130,7 +130,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """Context of one micro-batch: gradients are reduced over ranks in the last one only."""
+        """Context of one micro-batch: what a vendor can leave to the last one, it reduces over ranks there only."""
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None: ...

@@ -36,10 +36,10 @@ class FsdpEngine(Engine):
             policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        trainee.to(runtime.device)
         for block in blocks.of(trainee):
             fully_shard(block, mesh=self._mesh, mp_policy=policy)
         fully_shard(trainee, mesh=self._mesh, mp_policy=policy)
+        trainee.to_empty(device=runtime.device)  # a model built on the meta device never exists whole
         self.module = self.trainee = trainee
         self._fill_shards(fill)
         self.optimizer = optim.build(trainee.named_parameters(), run.optim)
@@ -55,7 +55,8 @@ class FsdpEngine(Engine):
                 shard.to_local().copy_(full.narrow(0, offset, rows) if rows else full[:0])
 
     def _accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        cast(FSDPModule, self.module).set_requires_gradient_sync(is_last)
+        """Gradients are scattered in every micro-batch and accumulate as shards; replicas meet in the last one."""
+        cast(FSDPModule, self.module).set_requires_all_reduce(is_last)
         return nullcontext()
 
     def _backward(self, loss: Tensor) -> None:

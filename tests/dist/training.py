@@ -17,7 +17,7 @@ from llm_dist.engine.engine import Engine
 from llm_dist.model.init import initial_value
 from llm_dist.model.transformer import Transformer
 from llm_dist.objectives import Trainee, build
-from llm_dist.plan import num_micro_batches
+from llm_dist.plan import num_micro_batches, rows_per_micro_batch
 from llm_dist.runtime import Runtime
 
 VOCABULARY = 101
@@ -63,7 +63,8 @@ def micro_batch(rows: int) -> str:
 
 
 def engine_of(run: config.Config, here: Runtime, remarks: list[str] | None = None) -> Engine:
-    model = Transformer(run.model, VOCABULARY, torch.float32 if run.engine.precision == "fp32" else torch.bfloat16)
+    with torch.device(select.CONSTRUCTION_DEVICE[run.engine.name]):
+        model = Transformer(run.model, VOCABULARY, torch.float32 if run.engine.precision == "fp32" else torch.bfloat16)
     trainee = Trainee(model, build(run.objective))
     return select.build(
         trainee,
@@ -80,7 +81,9 @@ def first_value(run: config.Config, name: str, shape: Iterable[int]) -> torch.Te
 
 def micro_batches(run: config.Config, here: Runtime, step: int) -> tuple[list[Batch], int]:
     """This rank's micro-batches of a step, rows scored in part, and the scored positions of the whole step."""
-    rows, size = run.batch.tokens_per_step // SEQUENCE, run.batch.sequences_per_micro_batch
+    rows = run.batch.tokens_per_step // SEQUENCE
+    dealing = (rows, here.ranks, run.batch.sequences_per_micro_batch)
+    count, size = num_micro_batches(*dealing), rows_per_micro_batch(*dealing)
     random = np.random.default_rng(1000 + step)
     walk = np.cumsum(random.integers(0, 3, (rows, SEQUENCE + 1)), axis=1) + random.integers(0, 50, (rows, 1))
     tokens = (walk % VOCABULARY).astype(np.int64)
@@ -88,7 +91,7 @@ def micro_batches(run: config.Config, here: Runtime, step: int) -> tuple[list[Ba
     scored = random.integers(1, SEQUENCE + 1, rows)
     objective, own = build(run.objective), rank_rows(rows, here.ranks, here.rank)
     batches = []
-    for index in range(num_micro_batches(rows, here.ranks, size)):
+    for index in range(count):
         chosen = own[index * size : (index + 1) * size]
         cut = slice(chosen.start, chosen.stop)
         batch = objective.make_batch(tokens[cut], documents[cut] if run.data.document_mask else None, size)
