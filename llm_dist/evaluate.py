@@ -68,7 +68,8 @@ def _batch(windows: HoldoutWindows, chosen: range, objective: Objective, num_row
     tokens = np.stack([row.tokens for row in rows]) if rows else np.zeros((0, width), np.int64)
     documents = None
     if windows.document_mask:
-        documents = np.stack([row.document_ids for row in rows]) if rows else np.zeros((0, width), np.int64)
+        ids = [row.document_ids for row in rows if row.document_ids is not None]
+        documents = np.stack(ids) if ids else np.zeros((0, width), np.int64)
     batch = objective.make_batch(tokens, documents, num_rows)
     for position, row in enumerate(rows):
         batch.labels[position, row.num_scored :] = NOT_SCORED

@@ -1,0 +1,110 @@
+"""Evaluation scores each held-out token once, however many ranks share the windows."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from llm_dist.batch import NOT_SCORED, LossSum
+from llm_dist.data.index import open_shards
+from llm_dist.evaluate import evaluate
+from llm_dist.objectives import Causal
+from llm_dist.tokenizer_training import train
+from tests.unit.data.tiny_shards import write_shards
+
+DOCUMENTS = [list(range(10, 10 + length)) for length in (5, 40, 1, 90, 17)]
+NUM_TOKENS = sum(map(len, DOCUMENTS)) + len(DOCUMENTS)
+
+
+@dataclass
+class OneOf:
+    """A rank whose sums are kept, so that the ranks can run one after another."""
+
+    rank: int
+    ranks: int
+    given: list = field(default_factory=list)
+    device = torch.device("cpu")
+
+    def sum(self, values):
+        self.given.append(values.clone())
+        return values
+
+
+@pytest.fixture
+def shards(tmp_path):
+    train(["the quick brown fox jumps over the lazy dog " * 20], "byte-bpe", 280, tmp_path / "tokenizer")
+    stream = write_shards(tmp_path / "shards", DOCUMENTS, tmp_path / "tokenizer")
+    opened = open_shards(tmp_path / "shards")
+    yield opened, stream
+    opened.close()
+
+
+def nats_by_label(batch):
+    """A model whose loss at each position is its label plus one: a sum that tells which tokens were scored."""
+    scored = batch.labels != NOT_SCORED
+    nats = ((batch.labels + 1) * scored).sum().float()
+    return LossSum(nats, scored.sum(), torch.zeros(()))
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("sequence_tokens", [1, 7, 32, NUM_TOKENS, 500])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_every_token_is_scored_once_and_every_rank_calls_equally_often(shards, ranks, sequence_tokens, document_mask):
+    opened, stream = shards
+    calls, sums = [], []
+    for rank in range(ranks):
+        batches = []
+        runtime = OneOf(rank, ranks)
+        evaluate(
+            lambda batch, batches=batches: (batches.append(batch), nats_by_label(batch))[1],
+            Causal(),
+            opened,
+            runtime,
+            sequence_tokens=sequence_tokens,
+            document_mask=document_mask,
+            sequences_per_batch=4,
+        )
+        assert all(batch.input_ids.shape == (4, sequence_tokens) for batch in batches)
+        assert all((batch.document_ids is not None) == document_mask for batch in batches)
+        calls.append(len(batches))
+        sums += runtime.given
+    assert len(set(calls)) == 1
+    nats, tokens = sum(sums).tolist()
+    assert (nats, tokens) == (np.sum(stream.astype(np.int64) + 1), NUM_TOKENS)
+
+
+def test_the_numbers_follow_from_the_sums(shards):
+    opened, stream = shards
+    result = evaluate(nats_by_label, Causal(), opened, OneOf(0, 1), sequence_tokens=16)
+    nats = float(np.sum(stream.astype(np.int64) + 1))
+    assert result.tokens == NUM_TOKENS
+    assert result.bytes == opened.num_bytes
+    assert result.loss_nats == pytest.approx(nats / NUM_TOKENS)
+    assert result.perplexity == pytest.approx(math.exp(nats / NUM_TOKENS))
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / opened.num_bytes)
+
+
+def test_a_part_of_the_windows_is_spread_over_the_text(shards):
+    opened, _ = shards
+    seen = []
+    result = evaluate(
+        lambda batch: (seen.append(batch), nats_by_label(batch))[1],
+        Causal(),
+        opened,
+        OneOf(0, 1),
+        sequence_tokens=16,
+        max_sequences=3,
+    )
+    assert result.tokens == 3 * 16
+    assert result.bytes == round(opened.num_bytes * 48 / NUM_TOKENS)
+
+
+def test_a_perplexity_beyond_numbers_is_infinite(shards):
+    opened, _ = shards
+
+    def hopeless(batch):
+        return LossSum(torch.tensor(1e9), torch.tensor(1), torch.zeros(()))
+
+    assert evaluate(hopeless, Causal(), opened, OneOf(0, 1), sequence_tokens=16).perplexity == math.inf

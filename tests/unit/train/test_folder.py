@@ -1,0 +1,116 @@
+"""Who may use a run folder, and what it says of itself."""
+
+import json
+
+import pytest
+
+from llm_dist import config
+from llm_dist.errors import ResumeRefused, UserError
+from llm_dist.train import folder as module
+from llm_dist.train.folder import RunFolder, write_atomically
+
+DATA = {"data": "d" * 64, "tokenizer": "t" * 64}
+
+
+def run(tmp_path, *overrides):
+    table = {
+        "run": {"name": "tiny", "dir": str(tmp_path), "steps": 10},
+        "model": {"layers": 1, "d_model": 8, "heads": 1},
+        "data": {"train": "shards/train", "sequence_tokens": 8},
+        "batch": {"tokens_per_step": 16},
+    }
+    return config.parse(table, overrides)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "tiny")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "tokenizer"
+    path.mkdir()
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def begin(folder, tokenizer, **record):
+    return folder.begin_attempt({"accepted": [], **record}, DATA, tokenizer)
+
+
+def test_a_new_run_keeps_its_schedule_when_it_is_made_longer(tmp_path, folder):
+    assert folder.open(run(tmp_path), DATA, []).optim.total_steps == 10
+    longer = folder.open(run(tmp_path, "run.steps=30"), DATA, [])
+    assert (longer.run.steps, longer.optim.total_steps) == (30, 10)
+    assert config.load(folder.path) == longer
+
+
+def test_logs_may_be_there_first_and_anything_else_may_not(tmp_path, folder):
+    (folder.path / "logs").mkdir(parents=True)
+    folder.open(run(tmp_path), DATA, [])
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
+    (other.path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"exists and is not a run folder; choose another run\.name"):
+        other.open(run(tmp_path, "run.name=other"), DATA, [])
+
+
+def test_another_run_or_other_data_is_refused_and_nothing_is_written(tmp_path, folder, tokenizer):
+    folder.open(run(tmp_path), DATA, [])
+    begin(folder, tokenizer)
+    before = folder.config.read_text()
+    with pytest.raises(ResumeRefused, match=r"model\.layers was 1 and is now 2"):
+        folder.open(run(tmp_path, "model.layers=2", "run.steps=20"), DATA, [])
+    with pytest.raises(ResumeRefused, match=r"data\.train=elsewhere: its data fingerprint is 777777777777"):
+        folder.open(run(tmp_path, "data.train=elsewhere", "run.steps=20"), {**DATA, "data": "7" * 64}, [])
+    with pytest.raises(ResumeRefused, match="its tokenizer fingerprint"):
+        folder.open(run(tmp_path), {**DATA, "tokenizer": "7" * 64}, [])
+    assert folder.config.read_text() == before
+    folder.open(run(tmp_path, "data.train=elsewhere"), DATA, [])  # the same data may lie elsewhere
+
+
+def test_attempts_are_numbered_and_taken_once(tmp_path, folder, tokenizer, monkeypatch):
+    folder.open(run(tmp_path), DATA, [])
+    assert begin(folder, tokenizer) == 1
+    (folder.attempts / "attempt_0007.json").write_text("{}")
+    assert begin(folder, tokenizer, accepted=["optim.lr"]) == 8
+    record = json.loads((folder.attempts / "attempt_0008.json").read_text())
+    assert (record["attempt"], record["accepted"]) == (8, ["optim.lr"])
+    assert record["host"]
+    monkeypatch.setattr(type(folder.attempts), "glob", lambda *_: iter(()))  # another has taken 1, unseen
+    assert begin(folder, tokenizer) == 2
+
+
+def test_the_run_keeps_its_tokenizer_and_what_it_was_made_from(tmp_path, folder, tokenizer):
+    folder.open(run(tmp_path), DATA, [])
+    (folder.path / "tokenizer.tmp").mkdir()  # a kill left it
+    begin(folder, tokenizer)
+    assert (folder.tokenizer / "tokenizer.json").read_text() == "{}"
+    source = json.loads(folder.source.read_text())
+    assert source["fingerprints"] == DATA
+    assert source["versions"]["torch"]
+    assert source["host"]
+
+
+def test_code_outside_of_a_checkout_has_no_commit_of_a_strangers_repository(tmp_path, folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "site-packages" / "folder.py"))
+    (tmp_path / "site-packages").mkdir()
+    folder.open(run(tmp_path), DATA, [])
+    begin(folder, tokenizer)
+    source = json.loads(folder.source.read_text())
+    assert (source["commit"], source["diff"]) == (None, None)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/tiny: cannot write the run folder: .*; choose another run\.dir"):
+        RunFolder(tmp_path / "file" / "tiny").open(run(tmp_path), DATA, [])
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("old")
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
