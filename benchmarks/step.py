@@ -88,7 +88,8 @@ def measure(on_gpu: bool, rounds: int = 7) -> list[dict[str, Any]]:
 def _case(name: str, run: config.Config, here: Runtime) -> Case:
     dtype = torch.bfloat16 if run.engine.precision == "bf16" else torch.float32
     objective = objectives.build(run.objective)
-    trainee = Trainee(Transformer(run.model, VOCABULARY, dtype), objective)
+    with torch.device(select.CONSTRUCTION_DEVICE[run.engine.name]):
+        trainee = Trainee(Transformer(run.model, VOCABULARY, dtype), objective)
     engine = select.build(
         trainee, lambda n, shape: initial_value(n, tuple(shape), run.model, run.init.std, 0), run, here, print
     )

@@ -12,6 +12,9 @@ from llm_dist.engine.engine import Engine, FillParameter
 from llm_dist.errors import UserError
 from llm_dist.runtime import Runtime
 
+CONSTRUCTION_DEVICE = {"plain": "cpu", "zero": "cpu", "fsdp": "meta"}
+"""Where the trainee of an engine is built: on the meta device where no rank ever holds it whole."""
+
 
 def build(
     trainee: nn.Module, fill: FillParameter, run: config.Config, runtime: Runtime, report: Callable[[str], None]

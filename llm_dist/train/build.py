@@ -85,7 +85,8 @@ def open_data(run: config.Config) -> DataFolders:
 def build(run: config.Config, runtime: Runtime, data: DataFolders, report: Callable[[str], None]) -> Parts:
     """Build the model and hand it to its engine; collective: all ranks call this."""
     objective = objectives.build(run.objective)
-    model = build_model(run, data.train.vocabulary_tokens)
+    with torch.device(select.CONSTRUCTION_DEVICE[run.engine.name]):
+        model = build_model(run, data.train.vocabulary_tokens)
     engine = select.build(Trainee(model, objective), _fill(run), run, runtime, report)
     return Parts(run, runtime, data, objective, engine)
 
