@@ -13,7 +13,7 @@ from tests.pages import PAGES, ROOT, Block, blocks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-SECONDS = 180
+SECONDS = 240
 """A block that takes longer hangs."""
 
 
