@@ -5,7 +5,7 @@ PYTHON ?= python3
 PINS := requirements/dev.txt
 FIRST := $(shell grep -E '^(setuptools|torch)==' $(PINS))
 MADE := .venv/.made
-SOURCES := llm_dist launcher benchmarks tests
+SOURCES := llm_dist launcher benchmarks tests docs
 
 export OMP_NUM_THREADS ?= 1
 

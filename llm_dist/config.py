@@ -9,6 +9,7 @@ What may change when a run is resumed is part of a field: `identity` (another va
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -262,7 +263,7 @@ class Init(Section):
     """Where the weights come from."""
 
     source: str | None = identity(None, alias="from")
-    """Checkpoint, run folder or Hugging Face folder whose weights start this run; random when absent."""
+    """Run folder or checkpoint whose weights start this run; random when absent."""
     std: float = identity(0.02, gt=0)
     """Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2 layers)."""
 
@@ -329,6 +330,12 @@ class Config(Section):
     def to_json(self) -> str:
         """Canonical text: every key, sorted, as config.json holds it."""
         return json.dumps(self.model_dump(by_alias=True), indent=2, sort_keys=True) + "\n"
+
+
+def fingerprints(run: Config) -> dict[str, str]:
+    """sha256 of the model section and of the whole run file, as a checkpoint records them."""
+    parts = {"model": run.model.model_dump_json(), "config": run.to_json()}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -16,6 +16,7 @@ from llm_dist.engine.engine import StepResult
 from llm_dist.errors import Exit, UserError
 from llm_dist.evaluate import Evaluation, evaluate
 from llm_dist.metrics import Metrics
+from llm_dist.runtime import code_fingerprint
 from llm_dist.train.account import Account
 from llm_dist.train.build import Parts
 from llm_dist.train.progress import Progress
@@ -153,7 +154,7 @@ class Session:
     def _facts(self) -> Facts:
         engine = self.run.engine
         return Facts(
-            fingerprints=self.parts.data.fingerprints,
+            fingerprints={**self.parts.data.fingerprints, **config.fingerprints(self.run), "code": code_fingerprint()},
             trajectory=self.account.to_dict(),
             optimizer_step=self.parts.engine.optimizer_steps,
             engine=f"{engine.name}{engine.zero_stage if engine.name == 'zero' else ''} {engine.precision}",
