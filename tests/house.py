@@ -29,7 +29,12 @@ FLOORS = (
 )
 """From the ground up: a room imports rooms of lower floors only. (`__main__` is cli's door, so it stands above it.)"""
 
-SHARED_ROOMS = {"tokenizer_training": "tokenizer", "tokenizer_vocabulary": "tokenizer"}
+SHARED_ROOMS = {
+    "tokenizer_training": "tokenizer",
+    "tokenizer_vocabulary": "tokenizer",
+    "tokenizer_fast": "tokenizer",
+    "plan_memory": "plan",
+}
 """Files that live in the room of another file."""
 
 NEVER = {("engine", "model"), ("engine", "data"), ("model", "runtime")}
@@ -38,11 +43,20 @@ NEVER = {("engine", "model"), ("engine", "data"), ("model", "runtime")}
 NOT_SHIPPED = {"tests", "benchmarks"}
 
 TORCH_FREE = (
-    *("launcher", "llm_dist.errors", "llm_dist.config", "llm_dist.plan", "llm_dist.curate", "llm_dist.cli"),
+    *(
+        "launcher",
+        "llm_dist.errors",
+        "llm_dist.config",
+        "llm_dist.plan",
+        "llm_dist.plan_memory",
+        "llm_dist.curate",
+        "llm_dist.cli",
+    ),
     *(
         "llm_dist.tokenizer",
         "llm_dist.tokenizer_training",
         "llm_dist.tokenizer_vocabulary",
+        "llm_dist.tokenizer_fast",
         "llm_dist.model.size",
         "llm_dist.checkpoint.layout",
     ),

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llm_dist.data.documents import OnBad, Split, Tally, read_files
-from llm_dist.data.encoding import encode, encode_all, num_workers
+from llm_dist.data.encoding import encode, encode_all, long_pieces, num_workers
 from llm_dist.data.folder import DTYPES
 from llm_dist.data.inputs import InputFile, find_files
 from llm_dist.data.origin import Part, SourceCounts, origin_record
@@ -28,10 +29,14 @@ from llm_dist.data.shards import ShardWriter, dtype_name
 from llm_dist.data.spill import Spill, document_hashes, num_buckets
 from llm_dist.errors import UserError
 from llm_dist.tokenizer import FILES, Tokenizer, load
+from llm_dist.tokenizer_fast import FastTokenizer, load_fast, proved
 
 _UNPACKED = 5
 """Unpacked bytes per packed byte, to guess how many buckets are needed; the result does not depend on it."""
 _HASH_BYTES = 1 << 20
+FAST_BYTES = 4 << 20
+"""Input below which proving that tiktoken may encode costs about what it saves: half a second."""
+_SAMPLE_TEXTS, _SAMPLE_CHARACTERS = 256, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class TokenizeReport:
     num_empty_documents: int
     num_bad_records: int
     first_bad: str | None
+    encoder: str | None
+    """What encoded, tiktoken or tokenizers, and why not the faster one; None when nothing had to be done."""
     seconds: float
     tokens_per_second: float
     """Over the whole job; 0 when nothing had to be done."""
@@ -136,29 +143,49 @@ def tokenize(
                 input_bytes = sum(_unpacked_bytes(file) for file in files)
                 count = num_workers(workers, input_bytes)
                 job = _Job(files, tokenizer, output, split, on_bad, seed, holdout, count, tell)
-                _make(job, made_from, Tally(num_skipped_files=num_skipped), num_buckets(input_bytes))
-            return _report(output, time.perf_counter() - began, already_made=already_made)
+                encoder = _make(job, made_from, Tally(num_skipped_files=num_skipped), input_bytes)
+            return _report(output, time.perf_counter() - began, None if already_made else encoder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"{out}: the disk is full; nothing was kept; free space or name another --out") from None
 
 
-def _make(job: _Job, made_from: Mapping[str, Any], tally: Tally, buckets: int) -> None:
+def _make(job: _Job, made_from: Mapping[str, Any], tally: Tally, input_bytes: int) -> str:
+    """Make and publish both parts; say what encoded them."""
+    encoder = "tokenizers"
+    if input_bytes >= FAST_BYTES and job.tokenizer.kind == "byte-bpe":
+        found = proved(job.tokenizer, _sample(job))
+        if isinstance(found, str):
+            encoder = f"tokenizers ({found})"
+        else:
+            job, encoder = replace(job, tokenizer=found), "tiktoken"
     dtype = DTYPES[dtype_name(job.tokenizer.vocabulary_tokens)]
-    spill = Spill(job.output.work / "spill", buckets, dtype)
+    spill = Spill(job.output.work / "spill", num_buckets(input_bytes), dtype)
     with ExitStack() as stack:
         stack.callback(spill.close)
         num_bytes = _encode(job, tally, spill)
         parts = _parts(job, num_bytes)
         _write(job, spill, parts, made_from, tally)
     job.output.publish()
+    return encoder
+
+
+def _sample(job: _Job) -> list[str]:
+    """The first texts, as encoding would get them."""
+    sample: list[str] = []
+    for text in job.texts(Tally()):
+        sample += islice(long_pieces(job.tokenizer.kind, text), _SAMPLE_TEXTS)
+        if len(sample) >= _SAMPLE_TEXTS or sum(map(len, sample)) >= _SAMPLE_CHARACTERS:
+            break
+    return sample
 
 
 def _encode(job: _Job, tally: Tally, spill: Spill) -> Bytes:
     """First pass: every document to its bucket."""
     num_bytes, num_documents, num_tokens = Bytes(), 0, 0
-    for batch in encode_all(job.texts(tally), job.tokenizer, load, job.workers):
+    worker_load = load_fast if isinstance(job.tokenizer, FastTokenizer) else load
+    for batch in encode_all(job.texts(tally), job.tokenizer, worker_load, job.workers):
         hashes = document_hashes(job.seed, num_documents, len(batch.num_tokens))
         spill.write(num_documents, hashes, *batch)
         num_bytes.add(hashes, batch.num_bytes)
@@ -180,7 +207,7 @@ def _parts(job: _Job, num_bytes: Bytes) -> Parts:
 def _write(job: _Job, spill: Spill, parts: Parts, made_from: Mapping[str, Any], tally: Tally) -> None:
     """Second pass: every document to its part, in order of hash."""
     vocabulary, fingerprint = job.tokenizer.vocabulary_tokens, job.tokenizer.fingerprint
-    done = Progress("writing")
+    num_documents = num_tokens = all_bytes = 0
     with ExitStack() as stack:
         names: tuple[Part, ...] = ("train", "holdout") if job.holdout else ("train",)
         writers = [stack.enter_context(ShardWriter(job.output.work / name, vocabulary, fingerprint)) for name in names]
@@ -195,9 +222,9 @@ def _write(job: _Job, spill: Spill, parts: Parts, made_from: Mapping[str, Any], 
                 held = parts.holds(number, word)
                 writers[held].add(ids, num_bytes)
                 sources[held].add(number, len(ids), num_bytes)
-            done = Progress("writing", done.num_documents + 1, done.num_tokens + len(ids), done.num_bytes + num_bytes)
-            if done.num_documents % 4096 == 0:
-                job.progress(done)
+            num_documents, num_tokens, all_bytes = num_documents + 1, num_tokens + len(ids), all_bytes + num_bytes
+            if num_documents % 4096 == 0:
+                job.progress(Progress("writing", num_documents, num_tokens, all_bytes))
         outcome = {
             "holdout_how": parts.how,
             "num_files": tally.num_files,
@@ -211,10 +238,10 @@ def _write(job: _Job, spill: Spill, parts: Parts, made_from: Mapping[str, Any], 
             documents = origin_record(name, tally.documents_per_file, parts)
             record = {**made_from, "outcome": outcome, "documents": documents, "sources": source.record()}
             writer.close(tokenizer_files, record)
-    job.progress(done)
+    job.progress(Progress("writing", num_documents, num_tokens, all_bytes))
 
 
-def _report(output: Output, seconds: float, *, already_made: bool) -> TokenizeReport:
+def _report(output: Output, seconds: float, encoder: str | None) -> TokenizeReport:
     parts = {part: output.dataset(part) for part in ("train", "holdout")}
     reports = {
         part: PartReport(
@@ -231,9 +258,10 @@ def _report(output: Output, seconds: float, *, already_made: bool) -> TokenizeRe
         reports["train"],
         reports.get("holdout"),
         tokenizer=train["tokenizer"],
+        encoder=encoder,
         seconds=seconds,
-        tokens_per_second=0.0 if already_made else num_tokens / seconds,
-        already_made=already_made,
+        tokens_per_second=num_tokens / seconds if encoder else 0.0,
+        already_made=encoder is None,
         **train["made_from"]["outcome"],
     )
 

@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 
 from llm_dist import tokenizer as tokenizers
 from llm_dist.data import encoding, shards, spill
+from llm_dist.data import tokenize as job
 from llm_dist.data.documents import Document
 from llm_dist.data.folder import CONTINUES
 from llm_dist.data.parts import tail
 from llm_dist.data.spill import document_hashes
 from llm_dist.data.tokenize import Progress, TokenizeReport, tokenize
 from llm_dist.errors import UserError
+from llm_dist.tokenizer_fast import MISSING
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "while", "é", "and", "狐", "look"]
 
@@ -110,6 +112,20 @@ def test_the_result_depends_on_neither_workers_nor_batches_nor_buckets(
     monkeypatch.setattr(spill, "BUCKET_BYTES", 1000)
     run(corpus, tiny_tokenizer, tmp_path / "two", workers=2)
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_the_result_does_not_depend_on_what_encodes(
+    corpus: Path, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = run(corpus, tiny_tokenizer, tmp_path / "slow")
+    monkeypatch.setattr(job, "FAST_BYTES", 0)
+    fast = run(corpus, tiny_tokenizer, tmp_path / "fast", workers=2)
+    again = run(corpus, tiny_tokenizer, tmp_path / "fast")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    missing = run(corpus, tiny_tokenizer, tmp_path / "missing")
+    assert (slow.encoder, fast.encoder, again.encoder) == ("tokenizers", "tiktoken", None)
+    assert missing.encoder == f"tokenizers ({MISSING})"
+    assert content(tmp_path / "slow") == content(tmp_path / "fast") == content(tmp_path / "missing")
 
 
 GOLDEN_HASHES = [5199774590669546748, 4158004636484536377, 9787839334247058293]
