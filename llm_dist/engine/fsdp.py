@@ -6,6 +6,7 @@ without synchronising gradients, and it adds nothing to the four lines below.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -74,22 +75,21 @@ class FsdpEngine(Engine):
         replica = self._mesh.get_local_rank(0) if self._mesh.ndim == 2 else 0
         for name, parameter in self.trainee.named_parameters():
             shape = tuple(parameter.shape)
-            _, offset = _rows_held(cast(DTensor, parameter))
-            row_elements = parameter[0].numel() if parameter.ndim > 1 else 1
+            _, first_row = _rows_held(cast(DTensor, parameter))
+            start = first_row * math.prod(shape[1:])
             tensors = {"param": parameter, **self._moments_of(parameter)}
             yield (
                 name,
                 {
-                    kind: Partition(
-                        cast(DTensor, tensor.detach()).to_local().reshape(-1),
-                        offset * row_elements,
-                        shape,
-                        replica,
-                        replicas,
-                    )
+                    kind: Partition(_held(tensor).view(-1), start, shape, replica, replicas)
                     for kind, tensor in tensors.items()
                 },
             )
+
+
+def _held(tensor: Tensor) -> Tensor:
+    """This rank's shard, sharing storage."""
+    return cast(DTensor, tensor.detach()).to_local()
 
 
 def _mesh(runtime: Runtime, shard_ranks: int | None) -> DeviceMesh:

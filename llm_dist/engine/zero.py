@@ -3,6 +3,11 @@
 What DeepSpeed 0.19 does otherwise than its name says is undone here, and tested: it clips at 1.0 unless told, starts
 the fp32 masters from bf16-rounded weights, takes a hidden optimizer step when stage 0 runs in bf16, and on CPU
 compiles a C++ communication op. It is called directly, not through accelerate, which on CPU silently turns into DDP.
+
+What stays, measured by the tests (50 steps of bf16 differ from `plain` by at most 1e-3 nats): stage 0 in bf16 adds up
+micro-batches in bf16; stages 1 and 2 divide bf16 gradients by the number of ranks before the fp32 reduction, exact for
+powers of two; a step whose gradients are not finite is left out (by all but stage 0 in fp32), where `plain` and `fsdp`
+take it. Its loss and norm are not finite with any engine, and at those the trainer stops.
 """
 
 from __future__ import annotations
@@ -118,7 +123,7 @@ def deepspeed_config(run: config.Config) -> dict[str, Any]:
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        "bf16": {"enabled": is_bf16, "check_grad_overflow": False},
+        "bf16": {"enabled": is_bf16},
     }
     if is_bf16:
         told["communication_data_type"] = "fp32"

@@ -172,7 +172,6 @@ def test_sgd_with_clipping_ends_at_the_same_parameters(
 def test_adamw_loses_the_same(
     group_of: Group, oracle: Callable[..., tuple[Trajectory, Arrays]], record_property: Record, name: str
 ) -> None:
-    """6 rows a rank in micro-batches of 4: the second is half absent."""
     found, _ = group_of(2).run(trajectory, 50, *ENGINES[name])[0]
     expected, _ = oracle(trajectory, 50, micro_batch(training.ROWS))
 
@@ -232,6 +231,28 @@ def test_evaluation_is_the_same_and_changes_nothing(
 
     assert found == pytest.approx(expected, abs=1e-5)
     assert all(np.array_equal(disturbed[key], undisturbed[key]) for key in undisturbed)
+
+
+def poisoned(here: Runtime, *overrides: str) -> tuple[float, float]:
+    """Loss and gradient norm of a step whose weights hold a number that is none."""
+    run = training.run_file(*overrides)
+    engine = training.engine_of(run, here)
+    for key, part in engine.state().items():
+        if key == "param/norm.weight":
+            part.values[:1] = torch.nan
+    engine.state_was_written(0)
+    (loss,), (grad_norm,) = training.train(engine, run, here, range(1))
+    engine.close()
+    return loss, grad_norm
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", engines(2))
+def test_numbers_that_are_not_finite_are_reported_by_every_rank(group_of: Group, name: str, precision: str) -> None:
+    """Vendors differ in whether they take such a step; the trainer stops at it, so none may hide it."""
+    found = group_of(2).run(poisoned, *ENGINES[name], f"engine.precision={precision}")
+
+    assert not np.isfinite(found).any()
 
 
 def refusal(here: Runtime, *overrides: str) -> str:
