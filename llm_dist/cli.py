@@ -30,7 +30,8 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 
 Inputs = Annotated[
-    list[str], typer.Argument(metavar="INPUT...", help="Files, folders or globs of .txt, .jsonl, .parquet; - is stdin.")
+    list[str],
+    typer.Argument(metavar="INPUT...", help="Files, folders, globs of .txt .jsonl .parquet .tar .arrow; - is stdin."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make.")]

@@ -1,4 +1,4 @@
-"""Read documents from text, JSON lines and Parquet, one after another, in bounded memory.
+"""Read documents from text, JSON lines, Parquet, Arrow and WebDataset tars, one after another, in bounded memory.
 
 The order is that of the inputs; a document's id says where it stands. Knows no tokenizer and no shards.
 """
@@ -6,11 +6,13 @@ The order is that of the inputs; a document's id says where it stands. Knows no 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO, Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 from llm_dist.data.inputs import BrokenFileError, InputFile, find_files, naming, open_seekable, open_stream
+from llm_dist.data.samples import samples
 from llm_dist.errors import UserError
 
 Split = Literal["file", "blank-line", "line"]
@@ -18,6 +20,8 @@ Split = Literal["file", "blank-line", "line"]
 OnBad = Literal["stop", "skip"]
 
 _PARQUET_ROWS = 256
+_ARROW_FILE = b"ARROW1"
+"""How Arrow's file format begins; its stream format does not."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -55,6 +59,10 @@ class Tally:
             raise UserError(f"{message}; mend it, or leave such records out with --on-bad skip")
         self.num_bad_records += 1
         self.first_bad = self.first_bad or message
+
+
+_Table = tuple[Sequence[str], Callable[[Sequence[str]], Iterator[Any]]]
+"""Names of columns, and what gives the batches of some of them."""
 
 
 class _Record(NamedTuple):
@@ -114,12 +122,15 @@ def _records(file: InputFile, split: Split, on_bad: OnBad, tally: Tally) -> Iter
     reader = _Reader(file, on_bad, tally)
     try:
         with naming(file):
-            if file.format == "parquet":
+            if file.format in ("parquet", "arrow"):
                 with open_seekable(file) as stream:
-                    yield from reader.parquet(stream)
+                    yield from reader.table(stream)
                 return
             with open_stream(file) as stream:
-                yield from reader.json_lines(stream) if file.format == "jsonl" else reader.text(stream, split)
+                if file.format == "tar":
+                    yield from reader.tar(stream)
+                else:
+                    yield from reader.json_lines(stream) if file.format == "jsonl" else reader.text(stream, split)
     except BrokenFileError as error:
         tally.bad(str(error), on_bad)
 
@@ -148,31 +159,43 @@ class _Reader:
         for number, line in _lines(stream):
             if not line or line.isspace():
                 continue
-            try:
-                record = json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                self._bad(f"line {number}", f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})")
-            except (ValueError, RecursionError) as error:
-                self._bad(f"line {number}", f"not JSON ({error})")
-            else:
-                if isinstance(record, dict):
-                    yield from self._fields(f"line {number}", number, record)
-                else:
-                    self._bad(f"line {number}", f"a {type(record).__name__}, not a JSON object")
+            yield from self._json(f"line {number}", number, line)
 
-    def parquet(self, stream: BinaryIO) -> Iterator[_Record]:
+    def tar(self, stream: BinaryIO) -> Iterator[_Record]:
+        """One document per sample: its .txt member or, without one, the field `text` of its .json member."""
+        for number, (key, members) in enumerate(samples(stream, self._file.shown, ("txt", "json")), start=1):
+            if "txt" not in members:
+                yield from self._json(f"sample {key}", number, members["json"], key)
+                continue
+            try:
+                yield _Record(number, key, members["txt"].removeprefix(_BOM).decode())
+            except UnicodeDecodeError as error:
+                self._bad(f"sample {key}", f"not UTF-8 (at offset {error.start} of its .txt)")
+
+    def _json(self, where: str, number: int, content: bytes, key: str | None = None) -> Iterator[_Record]:
+        try:
+            record = json.loads(content.decode())
+        except UnicodeDecodeError as error:
+            self._bad(where, f"not UTF-8 (byte 0x{content[error.start]:02x} at column {error.start + 1})")
+        except (ValueError, RecursionError) as error:
+            self._bad(where, f"not JSON ({error})")
+        else:
+            if isinstance(record, dict):
+                yield from self._fields(where, number, record, key)
+            else:
+                self._bad(where, f"a {type(record).__name__}, not a JSON object")
+
+    def table(self, stream: BinaryIO) -> Iterator[_Record]:
+        """Rows of Parquet, or of Arrow as `datasets` saves it."""
         import pyarrow
-        from pyarrow import parquet
 
         try:
-            table = parquet.ParquetFile(stream, pre_buffer=False)
-            columns = [name for name in ("text", "id") if name in table.schema_arrow.names]
+            names, batches = _parquet(stream) if self._file.format == "parquet" else _arrow(stream)
+            columns = [name for name in ("text", "id") if name in names]
             if "text" not in columns:
-                raise BrokenFileError(
-                    f"{self._file.shown}: no column `text` (it has {_some(table.schema_arrow.names)})"
-                )
+                raise BrokenFileError(f"{self._file.shown}: no column `text` (it has {_some(names)})")
             number = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns, use_threads=False):
+            for batch in batches(columns):
                 for row in range(batch.num_rows):
                     number += 1
                     try:
@@ -183,16 +206,38 @@ class _Reader:
                     yield from self._fields(f"row {number}", number, record)
         except pyarrow.ArrowException as error:
             why = " ".join(str(error).split())
-            raise BrokenFileError(f"{self._file.shown}: broken .parquet file ({why}); fetch it again") from None
+            raise BrokenFileError(
+                f"{self._file.shown}: broken .{self._file.format} file ({why}); fetch it again"
+            ) from None
 
-    def _fields(self, where: str, number: int, record: dict[str, object]) -> Iterator[_Record]:
+    def _fields(self, where: str, number: int, record: dict[str, object], key: str | None = None) -> Iterator[_Record]:
         if "text" not in record:
             self._bad(where, f"no field `text` (it has {_some(list(record))})")
         elif not isinstance(text := record["text"], str):
             self._bad(where, f"field `text` is a {type(text).__name__}, not a string")
         else:
             id_ = record.get("id")
-            yield _Record(number, None if id_ is None else str(id_), text)
+            yield _Record(number, key if id_ is None else str(id_), text)
+
+
+def _parquet(stream: BinaryIO) -> _Table:
+    from pyarrow import parquet
+
+    table = parquet.ParquetFile(stream, pre_buffer=False)
+    read = partial(table.iter_batches, batch_size=_PARQUET_ROWS, use_threads=False)
+    return table.schema_arrow.names, lambda columns: read(columns=columns)
+
+
+def _arrow(stream: BinaryIO) -> _Table:
+    from pyarrow import ipc
+
+    is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
+    stream.seek(0)
+    if is_file:
+        file = ipc.open_file(stream)
+        return file.schema.names, lambda _: (file.get_batch(number) for number in range(file.num_record_batches))
+    batches = ipc.open_stream(stream)
+    return batches.schema.names, lambda _: iter(batches)
 
 
 def _some(names: Sequence[str]) -> str:

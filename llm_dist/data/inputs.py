@@ -1,7 +1,7 @@
 """Find input files and open them as streams of bytes, unpacked.
 
-What a file is follows from its name: .txt, .jsonl or .parquet, each also .gz or .zst. Memory stays bounded whatever a
-file unpacks to. Knows nothing of what stands in a file.
+What a file is follows from its name: .txt, .jsonl, .parquet, .tar or .arrow, each also .gz or .zst. Memory stays
+bounded whatever a file unpacks to. Knows nothing of what stands in a file.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import io
+import json
 import os
 import shutil
 import sys
@@ -27,9 +28,9 @@ from llm_dist.errors import UserError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-FORMATS = ("txt", "jsonl", "parquet")
+FORMATS = ("txt", "jsonl", "parquet", "tar", "arrow")
 PACKINGS = ("gz", "zst")
-KNOWN = ".txt, .jsonl or .parquet, each also .gz or .zst"
+KNOWN = ".txt, .jsonl, .parquet, .tar or .arrow, each also .gz or .zst"
 STANDARD_INPUT = "-"
 
 _ZSTD_READ_BYTES = (64, 8192)
@@ -131,9 +132,29 @@ def _walk(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
             continue
         seen.add(real)
         folders.sort()
-        files += [Path(parent) / leaf for leaf in leaves]
+        files += [Path(parent) / leaf for leaf in _own_files(Path(parent), leaves)]
     for relative, path in sorted((path.relative_to(folder).as_posix(), path) for path in files):
         yield f"{name}/{relative}", path
+
+
+def _own_files(folder: Path, leaves: list[str]) -> list[str]:
+    """Files of a folder without what Hugging Face `datasets` keeps beside the data it saved there.
+
+    Raises:
+        UserError: several splits were saved there, of which one may be a test set.
+    """
+    try:
+        if "dataset_dict.json" in leaves:
+            splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            if len(splits) > 1:
+                raise UserError(f"{folder}: a dataset of {', '.join(splits)}; name one of them, {folder / splits[0]}")
+        if "state.json" in leaves and "dataset_info.json" in leaves:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            saved = {file["filename"] for file in state["_data_files"]}
+            return [leaf for leaf in leaves if leaf in saved or not leaf.endswith(".arrow")]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: its dataset_dict.json or state.json is broken; save the dataset again") from None
+    return leaves
 
 
 def _typed(name: str, path: Path) -> InputFile | None:

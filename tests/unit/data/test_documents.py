@@ -191,7 +191,7 @@ def test_what_precedes_a_broken_end_is_kept_when_skipping(tmp_path: Path) -> Non
     [
         ("missing.txt", "missing.txt: no such file or folder"),
         ("*.txt", "*.txt: matches no file"),
-        ("a.pdf", "a.pdf: unknown type of file; inputs are .txt, .jsonl or .parquet"),
+        ("a.pdf", "a.pdf: unknown type of file; inputs are .txt, .jsonl, .parquet, .tar or .arrow"),
         ("only_unknown", "only_unknown: no file to read, 1 skipped"),
         ("blank.jsonl", "blank.jsonl: holds no document (1 files, 1 blank documents"),
     ],
