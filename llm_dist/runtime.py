@@ -106,7 +106,7 @@ def start(deterministic: bool = False) -> Runtime:
     # Vendors still call names that torch 2.13 is renaming; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it, also on one rank
     device = _device(local_rank)
     torch.use_deterministic_algorithms(deterministic and device.type == "cuda")
     if "OMP_NUM_THREADS" not in os.environ and device.type == "cpu":
