@@ -48,7 +48,6 @@ def learning_rate(run: config.Config, step: int) -> float:
     Past the end of the schedule the rate stays at its last value.
     """
     optim, total = run.optim, run.schedule_steps
-    step = min(step, total - 1)
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     span = max(1, total - optim.warmup_steps)
