@@ -8,8 +8,11 @@ from pathlib import Path
 import psutil
 
 from llm_dist.errors import UserError
+from llm_dist.model.size import GPU, Machine
 from llm_dist.plan import Plan
 
+BF16_ON_X86, BF16_ON_ARM = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {"bf16"}
+"""Flags of a CPU on which torch's kernels multiply bf16 (`model.layers.HOST_MULTIPLIES_BF16`)."""
 RUNTIME_BYTES = 300 * 2**20
 """What a rank on a CPU holds before it has a model: the interpreter and torch."""
 
@@ -56,3 +59,14 @@ def require_capacity(plan: Plan) -> None:
             f"--ranks {ranks} would need {wanted / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free here; "
             "start fewer ranks or lower batch.sequences_per_micro_batch"
         )
+
+
+def machine_here(cpu_information: Path = Path("/proc/cpuinfo")) -> Machine:
+    """What ranks started here compute on, as far as it decides what they keep."""
+    if num_cuda_devices():
+        return GPU
+    try:
+        words = set(cpu_information.read_text().split())
+    except OSError:  # not Linux
+        words = set()
+    return Machine(is_cpu=True, multiplies_bf16=words >= BF16_ON_X86 or words >= BF16_ON_ARM)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.capacity import machine_here
 from llm_dist.config import Config
 from llm_dist.data.index import read_dataset
+from llm_dist.model.size import GPU
 from llm_dist.plan import USABLE_MEMORY, Plan, make_plan, memory_of
 
 MAX_SUGGESTED_RANKS = 16_384
@@ -36,8 +38,11 @@ def data_size(config: Config, must_exist: bool) -> DataSize:
 
 
 def plan_of(config: Config, data: DataSize, ranks: int, gpu: str | None = None, price: float | None = None) -> Plan:
-    """Plan a run on `ranks` ranks."""
-    return make_plan(config, data.vocabulary_tokens, ranks, data.num_tokens, gpu=gpu, price_per_hour=price)
+    """Plan a run on `ranks` ranks of a named GPU, else of this machine."""
+    machine = GPU if gpu else machine_here()
+    return make_plan(
+        config, data.vocabulary_tokens, ranks, data.num_tokens, machine=machine, gpu=gpu, price_per_hour=price
+    )
 
 
 def what_fits(config: Config, vocabulary_tokens: int, plan: Plan) -> str | None:

@@ -1,31 +1,28 @@
 """What a run needs, before it is paid for: rows, memory, traffic, time and cost; arithmetic only.
 
-Nothing here starts a process, reads a file or imports torch. Rows and state bytes are exact; what the backward pass
-keeps comes from `llm_dist.model.size`; traffic is each engine's theory; time rests on the stated utilisation.
+Nothing here starts a process, reads a file or imports torch. Rows are exact, memory is `plan_memory`'s; traffic is
+each engine's theory; time rests on the stated utilisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from math import ceil, isqrt, prod
+from math import ceil, isqrt
 from typing import Any
 
+from llm_dist import plan_memory
 from llm_dist.config import Config
 from llm_dist.errors import UserError
 from llm_dist.model import size
 from llm_dist.model.hugging_face import hugging_face_class, why_not_exportable
+from llm_dist.model.size import GPU, Machine
+from llm_dist.plan_memory import Memory
 
 ASSUMED_UTILISATION = 0.40
 """Share of a GPU's dense bf16 peak that the model's own FLOPs are assumed to reach."""
 USABLE_MEMORY = 0.90
 """The rest of a GPU's memory goes to the CUDA context, communication buffers and fragmentation."""
-MOMENTS = {"adamw": 2, "sgd": 0}
-"""fp32 values an optimizer keeps for each parameter."""
-ZERO_BUCKET_ELEMENTS = 500_000_000
-"""Gradients DeepSpeed collects before it reduces them (its default)."""
-ZERO_LIVE_ELEMENTS = 1_000_000_000
-"""Parameters ZeRO-3 keeps gathered at one time, where the model has so many (DeepSpeed's default)."""
 
 
 @dataclass(frozen=True)
@@ -63,29 +60,6 @@ class Rows:
     """Share of the computed rows that are absent: padded, weighing nothing."""
     nearest: tuple[str, ...]
     """Settings without waste nearest to these; empty where nothing is wasted."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a rank by kind; the runtime itself (libraries, CUDA context) is not counted."""
-
-    weights: int
-    """What the module holds: fp32, or bf16 under ZeRO."""
-    gradients: int
-    optimizer: int
-    """Moments, and under ZeRO the masters."""
-    working: int
-    """bf16 casts kept for the backward pass, gathered blocks, buckets being reduced."""
-    activations: int
-    head: int
-    """Logits, and what their loss keeps."""
-    peak: int
-    """Most at one time; less than the sum where gradients come as activations go."""
-
-    @property
-    def state(self) -> int:
-        """What stays between steps."""
-        return self.weights + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -138,6 +112,7 @@ def make_plan(
     ranks: int,
     num_tokens: int | None = None,
     *,
+    machine: Machine = GPU,
     gpu: str | None = None,
     price_per_hour: float | None = None,
 ) -> Plan:
@@ -148,6 +123,7 @@ def make_plan(
         vocabulary_tokens: of the tokenizer, not padded.
         ranks: processes, one per GPU.
         num_tokens: of the training data, where known.
+        machine: whose kernels compute.
         gpu: a key of `GPUS`; without it there is no time, cost or verdict.
         price_per_hour: of one GPU, in any currency.
 
@@ -155,7 +131,7 @@ def make_plan(
         UserError: no such GPU, or ranks that the engine cannot group.
     """
     model, rows = config.model, make_rows(config, ranks)
-    memory = memory_of(config, vocabulary_tokens, ranks)
+    memory = memory_of(config, vocabulary_tokens, ranks, machine)
     tokens = config.run.steps * config.batch.tokens_per_step
     flops = size.flops_per_token(model, vocabulary_tokens, config.data.sequence_tokens)
     again = {"none": 1.0, "selective": 1.0, "full": 4 / 3}[config.engine.recompute]  # a second forward pass
@@ -269,72 +245,20 @@ def shard_ranks(config: Config, ranks: int) -> int:
     return group
 
 
-def memory_of(config: Config, vocabulary_tokens: int, ranks: int) -> Memory:
-    """Bytes of the fullest rank, by kind."""
-    engine, model = config.engine, config.model
-    rows, sequence, precision = (
-        make_rows(config, ranks).rows_per_micro_batch,
-        config.data.sequence_tokens,
-        engine.precision,
-    )
-    activations = size.saved_activation_bytes(model, rows, sequence, precision, engine.recompute)
-    # In the backward pass a block has gradients of about what it kept; one that is recomputed keeps it again before.
-    blocks_at_once = 1 if engine.recompute == "none" else 2
-    activations += blocks_at_once * size.block_activation_bytes(model, rows, sequence, precision)
-    head = sum(size.head_bytes(model, vocabulary_tokens, rows, sequence, precision))
-    state = {"plain": _plain_bytes, "zero": _zero_bytes, "fsdp": _fsdp_bytes}[engine.name]
-    weights, gradients, optimizer, working = state(config, vocabulary_tokens, ranks)
-    keeps_gradients = engine.name == "zero" or (engine.name == "plain" and ranks > 1)  # DDP's and DeepSpeed's buckets
-    waiting = gradients if keeps_gradients or make_rows(config, ranks).num_micro_batches > 1 else 0
-    peak = weights + optimizer + working + max(gradients, waiting + activations + head)
-    return Memory(weights, gradients, optimizer, working, activations, head, peak)
-
-
-_StateBytes = tuple[int, int, int, int]
-"""weights, gradients, optimizer, working."""
-
-
-def _plain_bytes(config: Config, vocabulary_tokens: int, ranks: int) -> _StateBytes:
-    total = size.num_parameters(config.model, vocabulary_tokens).total
-    casts = size.weight_copy_bytes(config.model, vocabulary_tokens, config.engine.precision)
-    if config.engine.recompute != "none":
-        casts //= config.model.layers
-    return 4 * total, 4 * total, 4 * total * MOMENTS[config.optim.name], casts
-
-
-def _zero_bytes(config: Config, vocabulary_tokens: int, ranks: int) -> _StateBytes:
-    stage, is_bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
-    shapes = size.parameter_shapes(config.model, vocabulary_tokens)
-    total = sum(map(prod, shapes.values()))
-    own = sum(ceil(prod(shape) / ranks) for shape in shapes.values()) if stage == 3 else ceil(total / ranks)
-    weight_bytes = 2 if is_bf16 else 4
-    weights = weight_bytes * (own if stage == 3 else total)
-    gradients = 4 * (own if stage >= 2 else total)
-    has_masters = is_bf16 or stage > 0
-    optimizer = 4 * (MOMENTS[config.optim.name] + has_masters) * (own if stage > 0 else total)
-    bucket = 4 * min(total, ZERO_BUCKET_ELEMENTS) if stage > 0 else 0
-    gathered = weight_bytes * min(total, ZERO_LIVE_ELEMENTS) if stage == 3 else 0
-    return weights, gradients, optimizer, bucket + gathered
-
-
-def _fsdp_bytes(config: Config, vocabulary_tokens: int, ranks: int) -> _StateBytes:
-    shapes, group = size.parameter_shapes(config.model, vocabulary_tokens), shard_ranks(config, ranks)
-    own = sum(ceil(shape[0] / group) * prod(shape[1:]) for shape in shapes.values())
-    in_blocks = sum(prod(shape) for name, shape in shapes.items() if name.startswith("blocks."))
-    outside = sum(map(prod, shapes.values())) - in_blocks
-    one_block = in_blocks // config.model.layers
-    weight_bytes = 2 if config.engine.precision == "bf16" else 4
-    gathered = weight_bytes * (2 * one_block + outside)
-    reduced = (weight_bytes + 4) * one_block
-    whole_gradients = 4 * (in_blocks + outside) if make_rows(config, ranks).num_micro_batches > 1 else 0
-    return 4 * own, 4 * own + whole_gradients, 4 * own * MOMENTS[config.optim.name], gathered + reduced
+def memory_of(config: Config, vocabulary_tokens: int, ranks: int, machine: Machine = GPU) -> Memory:
+    """Bytes of the fullest rank, by kind, where `machine` computes."""
+    total = config.batch.tokens_per_step // config.data.sequence_tokens
+    dealing = (total, ranks, config.batch.sequences_per_micro_batch)
+    counts = num_micro_batches(*dealing), rows_per_micro_batch(*dealing)
+    return plan_memory.memory_of(config, vocabulary_tokens, ranks, counts, shard_ranks(config, ranks), machine)
 
 
 def traffic_bytes(config: Config, vocabulary_tokens: int, ranks: int) -> int:
     """Bytes a rank sends in a step with ring algorithms: (R-1)/R of the parameters for each gather or scatter.
 
     An all-reduce is a scatter and a gather. Gradients travel in fp32, gathered weights in the compute dtype. Stages 2
-    and 3 scatter, and stage 3 and FSDP gather twice, in every micro-batch; the others once in a step.
+    and 3 and FSDP scatter, and stage 3 and FSDP gather twice, in every micro-batch; the others once in a step, and so
+    do the replicas of hybrid sharding.
     """
     engine, group = config.engine, shard_ranks(config, ranks)
     total = size.num_parameters(config.model, vocabulary_tokens).total
@@ -343,7 +267,7 @@ def traffic_bytes(config: Config, vocabulary_tokens: int, ranks: int) -> int:
     within = (group - 1) / group
     if engine.name == "fsdp":
         between = 2 * (gradients / group) * (1 - group / ranks)
-        return round(within * (2 * count * weights + gradients) + between)
+        return round(within * count * (2 * weights + gradients) + between)
     stage = engine.zero_stage if engine.name == "zero" else 0
     if stage == 0:
         return round(2 * gradients * (ranks - 1) / ranks)

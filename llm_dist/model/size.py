@@ -26,6 +26,26 @@ HEAD_CHUNK_LOGITS = 2**24
 HEAD_CHUNK_MIN_ROWS = 512
 
 
+class Machine(NamedTuple):
+    """What the kernels that are chosen, and so what they keep, depend on."""
+
+    is_cpu: bool
+    multiplies_bf16: bool
+    """Whether it has units for bf16 products; a CPU without them widens their operands to fp32."""
+
+    def widens(self, precision: Precision) -> bool:
+        """Whether products run on fp32 copies."""
+        return self.is_cpu and precision == "bf16" and not self.multiplies_bf16
+
+    def attention_bytes(self, precision: Precision, sequence_tokens: int) -> int:
+        """Bytes of an element that attention reads and keeps."""
+        is_short = self.is_cpu and sequence_tokens < SHORT_ATTENTION_TOKENS
+        return FP32_BYTES if is_short or self.widens(precision) else ACTIVATION_BYTES[precision]
+
+
+GPU = Machine(is_cpu=False, multiplies_bf16=True)
+
+
 def padded_vocabulary(model: Model, vocabulary_tokens: int) -> int:
     """Rows of the embedding: the vocabulary rounded up to a multiple of `model.vocabulary_multiple`."""
     return -(-vocabulary_tokens // model.vocabulary_multiple) * model.vocabulary_multiple
@@ -118,33 +138,19 @@ def saved_activation_bytes(
     sequence_tokens: int,
     precision: Precision,
     recompute: Recompute,
-    *,
-    attention_in_fp32: bool | None = None,
+    machine: Machine = GPU,
 ) -> int:
     """Bytes that autograd keeps from the forward pass until the backward pass, without the head.
 
-    Casts of fp32 weights are not in it (`weight_copy_bytes`), nor is the block that is recomputed
-    (`block_activation_bytes`). `attention_in_fp32` says whether a bf16 run's attention call gets fp32 inputs, which
-    depends on the machine; when None, what a CPU with bf16 units does.
+    Casts of fp32 weights are not in it (`weight_copy_bytes`), nor is what a block that is recomputed keeps then
+    (`backward_block_bytes`).
     """
     num_tokens = num_sequences * sequence_tokens
-    width_bytes = num_tokens * model.d_model * ACTIVATION_BYTES[precision]
-    if recompute == "full":
-        blocks = model.layers * width_bytes
-    else:
-        per_block = block_activation_bytes(
-            model,
-            num_sequences,
-            sequence_tokens,
-            precision,
-            selective=recompute == "selective",
-            attention_in_fp32=attention_in_fp32,
-        )
-        blocks = model.layers * per_block
+    blocks = model.layers * block_activation_bytes(model, num_sequences, sequence_tokens, precision, recompute, machine)
     ids = num_tokens * 8
     rotary = sequence_tokens * model.d_head * FP32_BYTES if model.position_kind == "rotary" else 0
     positions = sequence_tokens * 8 if model.position_kind == "learned" else 0
-    embedding_dropout = width_bytes if model.dropout else 0
+    embedding_dropout = num_tokens * model.d_model * ACTIVATION_BYTES[precision] if model.dropout else 0
     final_norm = num_tokens * _norm_bytes(model)
     return blocks + ids + rotary + positions + embedding_dropout + final_norm
 
@@ -154,29 +160,64 @@ def block_activation_bytes(
     num_sequences: int,
     sequence_tokens: int,
     precision: Precision,
-    *,
-    selective: bool = False,
-    attention_in_fp32: bool | None = None,
+    recompute: Recompute,
+    machine: Machine = GPU,
 ) -> int:
-    """Bytes that autograd keeps of one block; `selective`: only its input and its matmul and attention outputs."""
-    if attention_in_fp32 is None:
-        attention_in_fp32 = sequence_tokens < SHORT_ATTENTION_TOKENS
-    activation = ACTIVATION_BYTES[precision]
-    in_attention = FP32_BYTES if attention_in_fp32 else activation
-    width, width_ff, width_kv = model.d_model, model.width_ff, model.num_kv_heads * model.d_head
-    attention = (2 * width + 2 * width_kv) * in_attention + model.heads * FP32_BYTES
-    if selective:
-        projections = (2 * width + 2 * width_kv) * activation
-        feed_forward = (width_ff * (2 if model.family == "llama" else 1) + width) * activation
-        output = (width + model.heads * FP32_BYTES // in_attention) * in_attention
-        per_token = width * activation + projections + output + feed_forward
-    else:
-        cast_output = width * activation if in_attention != activation else 0
-        norms = 2 * (_norm_bytes(model) + width * activation) + _qk_norm_bytes(model)
-        feed_forward = width_ff * (4 if model.family == "llama" else 2) * activation
-        dropout = 2 * width * activation if model.dropout else 0
-        per_token = attention + cast_output + norms + feed_forward + dropout
+    """Bytes that autograd keeps of one block from the forward pass on."""
+    in_attention = machine.attention_bytes(precision, sequence_tokens)
+    match recompute:
+        case "full":
+            per_token = model.d_model * ACTIVATION_BYTES[precision]
+        case "selective":
+            per_token = _selective_bytes(model, precision, in_attention, machine)
+        case "none":
+            per_token = _whole_block_bytes(model, precision, in_attention)
     return num_sequences * sequence_tokens * per_token
+
+
+def _whole_block_bytes(model: Model, precision: Precision, in_attention: int) -> int:
+    """Per token: all that the backward pass of one block needs."""
+    activation, width, width_kv = ACTIVATION_BYTES[precision], model.d_model, model.num_kv_heads * model.d_head
+    attention = (2 * width + 2 * width_kv) * in_attention + model.heads * FP32_BYTES
+    cast_output = width * activation if in_attention != activation else 0
+    norms = 2 * (_norm_bytes(model) + width * activation) + _qk_norm_bytes(model)
+    feed_forward = model.width_ff * (4 if model.family == "llama" else 2) * activation
+    dropout = 2 * width * activation if model.dropout else 0
+    return attention + cast_output + norms + feed_forward + dropout
+
+
+def _selective_bytes(model: Model, precision: Precision, in_attention: int, machine: Machine) -> int:
+    """Per token: a block's input and what its products and its attention return."""
+    width, width_kv = model.d_model, model.num_kv_heads * model.d_head
+    product = FP32_BYTES if machine.widens(precision) else ACTIVATION_BYTES[precision]
+    projections = (2 * width + 2 * width_kv) * product
+    feed_forward = (model.width_ff * (2 if model.family == "llama" else 1) + width) * product
+    attention = width * in_attention + model.heads * FP32_BYTES
+    return width * ACTIVATION_BYTES[precision] + projections + attention + feed_forward
+
+
+def backward_block_bytes(
+    model: Model,
+    num_sequences: int,
+    sequence_tokens: int,
+    precision: Precision,
+    recompute: Recompute,
+    machine: Machine = GPU,
+) -> int:
+    """Bytes on top of what is kept while a block's backward pass runs: what it recomputes, and gradients at once."""
+    num_tokens, width, width_ff = num_sequences * sequence_tokens, model.d_model, model.width_ff
+    kept, whole = (
+        block_activation_bytes(model, num_sequences, sequence_tokens, precision, kind, machine)
+        for kind in (recompute, "none")
+    )
+    recomputed = max(0, whole - kept) if recompute != "none" else 0
+    # Of the residual, of what `down` reads, and of the one or two factors that this is made of.
+    gradients = num_tokens * (width + width_ff * (3 if model.family == "llama" else 2)) * ACTIVATION_BYTES[precision]
+    widened = 0
+    if machine.widens(precision):
+        of_weight = width * width_ff * (FP32_BYTES + ACTIVATION_BYTES[precision])
+        widened = num_tokens * (width + width_ff) * FP32_BYTES + of_weight
+    return recomputed + gradients + widened
 
 
 def _norm_bytes(model: Model) -> int:
@@ -205,18 +246,33 @@ class HeadBytes(NamedTuple):
     kept: int
     """From forward to backward pass: gradients of hidden states and of the weight."""
     transient: int
-    """On top while the loss is computed: one chunk of logits and the cast weight."""
+    """On top while the loss is computed: one chunk of logits, their gradients, the cast weight."""
 
 
 def head_bytes(
-    model: Model, vocabulary_tokens: int, num_sequences: int, sequence_tokens: int, precision: Precision
+    model: Model,
+    vocabulary_tokens: int,
+    num_sequences: int,
+    sequence_tokens: int,
+    precision: Precision,
+    machine: Machine = GPU,
+    *,
+    weight_is_fp32: bool = True,
 ) -> HeadBytes:
     """Memory of the loss in training; the logits of all positions never exist at one time."""
     activation, vocabulary = ACTIVATION_BYTES[precision], padded_vocabulary(model, vocabulary_tokens)
-    num_tokens = num_sequences * sequence_tokens
-    kept = num_tokens * model.d_model * activation + vocabulary * model.d_model * FP32_BYTES
+    num_tokens, weight = num_sequences * sequence_tokens, vocabulary * model.d_model
+    kept = num_tokens * model.d_model * activation + weight * FP32_BYTES
     rows = min(num_tokens, head_chunk_rows(vocabulary))
-    narrow_copies = 0 if precision == "fp32" else 2 * rows * vocabulary * activation
-    cast_weight = 0 if precision == "fp32" else vocabulary * model.d_model * activation
-    weight_product = vocabulary * model.d_model * activation
-    return HeadBytes(kept, rows * vocabulary * FP32_BYTES + narrow_copies + cast_weight + weight_product)
+    logits, has_earlier_chunk = rows * vocabulary, num_tokens > rows
+    cast_weight = weight * activation if precision == "bf16" and weight_is_fp32 else 0
+    if precision == "fp32":  # a chunk's gradients are its logits, overwritten; an earlier chunk's live until the next
+        softmax = logits * FP32_BYTES * (3 if has_earlier_chunk else 2)
+        products = (logits + weight) * FP32_BYTES
+    else:
+        pair = logits * (FP32_BYTES + activation)  # logits and their gradient, or logits as they come
+        softmax = 2 * pair if has_earlier_chunk else 2 * logits * FP32_BYTES
+        products = pair + weight * activation
+        if machine.widens(precision):
+            products = pair + (logits + weight + rows * model.d_model) * FP32_BYTES
+    return HeadBytes(kept, cast_weight + max(softmax, products))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_dist import config, plan
+from llm_dist import config, plan, plan_memory
 from llm_dist.errors import UserError
 from llm_dist.model import size
 
@@ -84,6 +84,7 @@ def test_waste_is_refused_at_submission_with_the_way_out():
 
 
 def test_state_bytes_by_engine():
+    """Stages 1 and 2 fill their buffers up to multiples of the ranks; `tests/dist/test_memory.py` has the byte."""
     shapes = size.parameter_shapes(make().model, 1000)
     total = sum(map(prod, shapes.values()))
 
@@ -92,16 +93,18 @@ def test_state_bytes_by_engine():
         return memory.weights, memory.gradients, memory.optimizer
 
     by_parameter = sum(ceil(prod(shape) / 4) for shape in shapes.values())
-    assert of(4) == (4 * total, 4 * total, 8 * total)
+    whole_step_at_once = "batch.sequences_per_micro_batch=6"
+    assert of(4, whole_step_at_once) == (4 * total, 4 * total, 8 * total)
+    assert of(4) == (4 * total, 8 * total, 8 * total)  # DDP accumulates beside its buckets
     assert of(1, "optim.name=sgd") == (4 * total, 4 * total, 0)
-    assert of(4, "engine.name=zero", "engine.zero_stage=0") == (2 * total, 4 * total, 12 * total)
-    assert of(4, "engine.name=zero", "engine.zero_stage=1") == (2 * total, 4 * total, 12 * ceil(total / 4))
-    assert of(4, "engine.name=zero", "engine.zero_stage=2") == (2 * total, 4 * ceil(total / 4), 12 * ceil(total / 4))
+    assert total % 64 == 0
+    assert of(4, "engine.name=zero", "engine.zero_stage=0") == (2 * total, 2 * total, 12 * total)
+    assert of(4, "engine.name=zero", "engine.zero_stage=1") == (2 * total, 4 * total, 3 * total)
+    assert of(4, "engine.name=zero", "engine.zero_stage=2") == (2 * total, total, 3 * total)
     stage_3 = ["engine.name=zero", "engine.zero_stage=3"]
     assert of(4, *stage_3) == (2 * by_parameter, 4 * by_parameter, 12 * by_parameter)
     assert of(4, *stage_3, "engine.precision=fp32") == (4 * by_parameter, 4 * by_parameter, 12 * by_parameter)
     own = sum(ceil(shape[0] / 2) * prod(shape[1:]) for shape in shapes.values())
-    whole_step_at_once = "batch.sequences_per_micro_batch=6"
     assert of(4, "engine.name=fsdp", "engine.shard_ranks=2", whole_step_at_once) == (4 * own, 4 * own, 8 * own)
 
 
@@ -116,11 +119,34 @@ def test_recompute_trades_activations():
 
 
 def test_gradients_come_as_activations_go_in_a_single_micro_batch():
-    single = plan.memory_of(make("batch.sequences_per_micro_batch=24"), 1000, 1)
-    kinds = single.state + single.working
-    assert single.peak == kinds + max(single.gradients, single.activations + single.head)
-    several = plan.memory_of(make(), 1000, 1)
-    assert several.peak == several.state + several.working + several.gradients + several.activations + several.head
+    """Several micro-batches keep the gradients of the earlier ones beside the activations of the later ones."""
+    overrides = ("model.layers=24", "engine.precision=fp32")
+    single = plan.memory_of(make("batch.tokens_per_step=512", *overrides), 1000, 1)
+    several = plan.memory_of(make("batch.tokens_per_step=1024", *overrides), 1000, 1)
+    assert single.state == several.state
+    assert several.peak == single.peak + several.gradients
+    assert single.peak < single.state + single.gradients + single.activations + single.head
+
+
+def test_fsdp_accumulates_shards():
+    once, often = (
+        plan.memory_of(make("engine.name=fsdp", f"batch.tokens_per_step={128 * rows}"), 1000, 4) for rows in (16, 64)
+    )
+    assert often.gradients == once.gradients
+    assert often.peak <= once.peak + often.gradients
+
+
+def test_a_cpu_without_bf16_units_needs_more():
+    widening = size.Machine(is_cpu=True, multiplies_bf16=False)
+    here, there = (plan.memory_of(make("engine.precision=bf16"), 1000, 1, machine) for machine in (widening, size.GPU))
+    assert here.peak > there.peak
+    assert here.between_steps == there.between_steps
+
+
+@pytest.mark.parametrize("stage", range(1, 4))
+def test_deepspeed_reserves_whole_buckets_on_a_gpu(stage):
+    small = make("engine.name=zero", f"engine.zero_stage={stage}", "engine.precision=fp32")
+    assert plan.memory_of(small, 1000, 2).peak > 4 * plan_memory.ZERO_BUCKET_ELEMENTS
 
 
 def test_traffic_in_theory():
@@ -137,6 +163,8 @@ def test_traffic_in_theory():
     assert of("engine.name=fsdp") == pytest.approx((2 + 2 + 4) * 3 / 4, abs=1e-3)
     hybrid = of("engine.name=fsdp", "engine.shard_ranks=2")
     assert hybrid == pytest.approx((2 + 2 + 4) / 2 + 2 * 4 / 2 * 1 / 2, abs=1e-3)
+    thrice = of("engine.name=fsdp", "engine.shard_ranks=2", "batch.sequences_per_micro_batch=2")
+    assert thrice == pytest.approx(3 * (2 + 2 + 4) / 2 + 2 * 4 / 2 * 1 / 2, abs=1e-3)
 
 
 def test_time_and_cost_follow_from_flops():

@@ -329,3 +329,15 @@ def test_plan_prints_a_table_or_one_json_object(run_file):
     assert made["rows"]["num_micro_batches"] == 1
     assert made["vocabulary_tokens"] == 1000
     assert made["pace"]["fits"] is True
+
+
+def test_a_cpu_is_known_by_its_flags(monkeypatch, tmp_path):
+    from llm_dist.model.layers import HOST_MULTIPLIES_BF16
+
+    monkeypatch.setattr(capacity, "num_cuda_devices", lambda: 0)
+    assert capacity.machine_here() == (True, HOST_MULTIPLIES_BF16)
+    flags = tmp_path / "cpuinfo"
+    for text, has_units in (("flags : avx2 fma", False), ("flags : avx2 avx512f avx512bw avx512vl avx512dq", True)):
+        flags.write_text(text)
+        assert capacity.machine_here(flags).multiplies_bf16 is has_units
+    assert not capacity.machine_here(tmp_path / "none").multiplies_bf16

@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_dist.config import Model
 from llm_dist.model import size
-from llm_dist.model.attention import attention_is_widened
 from llm_dist.model.init import initialize
+from llm_dist.model.layers import HOST_MULTIPLIES_BF16
 from llm_dist.model.transformer import Transformer
 from tests.unit.model.shapes import KINDS, VOCABULARY_TOKENS, small, some_ids
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HERE = size.Machine(is_cpu=True, multiplies_bf16=HOST_MULTIPLIES_BF16)
 B, T = 2, 48
 
 
@@ -91,10 +92,7 @@ def measured_model(model: Model, precision: size.Precision, held: torch.dtype) -
 def test_activation_bytes_are_what_autograd_keeps(kind, precision, recompute, dropout):
     model = small(kind, layers=3, d_model=64, d_ff=160, dropout=dropout)
     measured = kept_by_autograd(measured_model(model, precision, DTYPES[precision]), recompute)
-    query = torch.empty(1, 1, T, 1, dtype=DTYPES[precision])
-    predicted = size.saved_activation_bytes(
-        model, B, T, precision, recompute, attention_in_fp32=attention_is_widened(query, T)
-    )
+    predicted = size.saved_activation_bytes(model, B, T, precision, recompute, HERE)
     assert predicted == pytest.approx(measured, rel=0.03)
 
 
