@@ -24,7 +24,7 @@ from llm_dist.engine.partition import Partition
 
 TRAIN = (sys.executable, "-m", "llm_dist", "train")
 LAUNCH = (sys.executable, "-m", "launcher.cli", "local")
-SECONDS = 120
+SECONDS = 240
 """A command that takes longer hangs."""
 
 
@@ -59,15 +59,21 @@ def llm_dist(*words: object, stdin: str | bytes | None = None) -> Said:
 
 def run(command: Sequence[object], **environment: str) -> Said:
     """Run a command to its end as a process of its own."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         [str(word) for word in command],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=SECONDS,
-        check=False,
         env={**os.environ, **environment},
+        start_new_session=True,
     )
-    return Said(done.returncode, done.stdout, done.stderr)
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # a launcher's ranks, too
+        out, err = process.communicate()
+        raise AssertionError(f"{command} hangs:\n{err}") from None
+    return Said(process.returncode, out, err)
 
 
 class Started:
