@@ -231,6 +231,7 @@ def rank_process(launcher_pid, rank):
     raise AssertionError(f"no rank {rank}")
 
 
+@pytest.mark.timeout(900)  # three starts of two ranks that import DeepSpeed: long where the cores are shared
 def test_a_killed_rank_is_started_again_and_the_end_is_the_undisturbed_one(tmp_path, write_run_file, zero_run):
     run_file, folder = write_run_file(tmp_path), tmp_path / "runs" / "tiny"
     with Started([*LAUNCH, run_file, "--ranks", "2", *ZERO]) as started:
