@@ -92,7 +92,7 @@ def _bytes_of(inputs: Sequence[str]) -> int:
     paths = [Path(name) for name in inputs]
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder; give TEXT a file or folder of .txt, .jsonl or .parquet")
+            raise UserError(f"{path}: no such file or folder; give TEXT a file or folder of text")
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
     total = sum(file.stat().st_size for file in files)
     if total < SMALLEST_TEXT_BYTES:
@@ -102,7 +102,7 @@ def _bytes_of(inputs: Sequence[str]) -> int:
 
 def _vocabulary_for(num_bytes: int) -> int:
     """About one token for 200 bytes of text, between 512 and 4096."""
-    return max(512, min(4096, 2 ** ((num_bytes // 200).bit_length() - 1)))
+    return max(512, min(4096, 1 << (num_bytes // 200).bit_length() - 1))
 
 
 def _train(out: Path, shards: Path, run: Path) -> None:
