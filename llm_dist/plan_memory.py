@@ -63,6 +63,8 @@ class _Held(NamedTuple):
     in_last_block: int
     in_first_block: int
     in_update: int
+    after_block: int = 0
+    """Of reducing a block's gradients where that waits until the block's backward pass is over."""
 
 
 class _Sizes(NamedTuple):
@@ -128,8 +130,8 @@ def memory_of(
     head = size.head_bytes(config.model, vocabulary_tokens, *computed[1:4], machine, weight_is_fp32=weight_is_fp32)
     moments = (
         held.in_loss + saved + head.kept + head.transient,
-        held.in_last_block + saved + head.kept + backward,
-        held.in_first_block + kept_of_block + backward,
+        held.in_last_block + saved + head.kept + max(backward, held.after_block),
+        held.in_first_block + kept_of_block + max(backward, held.after_block),
         held.in_update,
     )
     buffers = max(held.in_loss, held.in_last_block, held.in_first_block, held.in_update)
@@ -183,15 +185,17 @@ def _fsdp(sizes: _Sizes) -> _Held:
     waiting = gradients if sizes.accumulates else 0
     reduced = sizes.weight_bytes + FP32_BYTES * (2 if sizes.machine.is_cpu else 1)  # gloo reduces a copy
     gathered = sizes.weight_bytes * (outside + 2 * block)
+    overlapping = 0 if sizes.machine.is_cpu else reduced * block  # a GPU computes the next block meanwhile
     return _Held(
         weights=held,
         optimizer=held * MOMENTS[sizes.config.optim.name],
         gradients=gradients,
         staying_gradients=0,
         in_loss=waiting + gathered - sizes.weight_bytes * block,
-        in_last_block=waiting + gathered + reduced * block,
-        in_first_block=gradients + gathered + reduced * block,
+        in_last_block=waiting + gathered + overlapping,
+        in_first_block=gradients + gathered + overlapping,
         in_update=waiting + gradients + (sizes.weight_bytes + reduced) * outside,
+        after_block=0 if overlapping else reduced * block,
     )
 
 
