@@ -275,7 +275,7 @@ def test_prepare_makes_the_training_command(run_file):
     [
         (["optim.lrr=1"], 2, "optim.lrr is not a key of a run file"),
         (["data.train=nowhere"], 2, "nowhere: no such shard folder"),
-        ([], 3, "33% of the computed rows would be absent"),
+        ([], 3, "11% of the computed rows would be absent"),
         (["run.dir=shards", "run.name=dataset.json"], 2, "exists and is not a run folder"),
     ],
 )
