@@ -164,7 +164,7 @@ class BatchSize(Section):
     tokens_per_step: int = identity(ge=1)
     """Tokens per optimizer step over all ranks; a multiple of `data.sequence_tokens`."""
     sequences_per_micro_batch: int = free(8, ge=1)
-    """Rows a rank computes at once; accumulation follows from it."""
+    """Most rows a rank computes at once; its rows are dealt evenly to as few micro-batches as that allows."""
 
 
 class Optim(Section):
