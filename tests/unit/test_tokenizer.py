@@ -103,7 +103,8 @@ def test_any_text_survives(tokenizers: dict[str, Tokenizer], text: str) -> None:
 @settings(max_examples=200, deadline=None)
 def test_any_ids_decode(tokenizers: dict[str, Tokenizer], ids: list[int]) -> None:
     for tokenizer in tokenizers.values():
-        tokenizer.decode(ids).encode("utf-8")
+        text = tokenizer.decode(ids)
+        assert text.encode("utf-8").decode("utf-8") == text
 
 
 @pytest.mark.parametrize("kind", LOSSLESS_KINDS)
