@@ -198,7 +198,12 @@ sys.exit(0)
 def test_ports_lie_outside_the_ephemeral_range_and_differ_between_attempts(tmp_path, monkeypatch):
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert all(10_000 <= ports.choose_port() < lowest for _ in range(20))
-    supervise(job(tmp_path, monkeypatch, "sys.exit(3 if start < 2 else 0)"))
+    program = """
+while not all((run / f"start_{number}_{start}").exists() for number in range(2)):
+    time.sleep(0.02)  # else the failing rank's neighbour may be killed before it has noted its port
+sys.exit(3 if start < 2 else 0)
+"""
+    supervise(job(tmp_path, monkeypatch, program))
     first, second = ((tmp_path / f"start_0_{start}").read_text() for start in (1, 2))
     assert first != second
     assert (tmp_path / "start_1_1").read_text() == first
