@@ -41,10 +41,10 @@ def _figure(name: str, records: list[dict], logged: list[dict]):  # type: ignore
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([r["step"] for r in logged], [r["loss_nats"] for r in logged], color="#1f77b4", label="training")
+    axes.plot([r["step"] for r in logged], [r["loss_nats"] for r in logged], linewidth=1, label="training")
     for held_out in sorted({key for record in records for key in record.get("eval", {})}):
         points = [(r["step"], r["eval"][held_out]["loss_nats"]) for r in records if held_out in r.get("eval", {})]
-        axes.plot(*zip(*points, strict=True), marker="o", label=held_out)
+        axes.plot(*zip(*points, strict=True), marker="o", label=held_out, zorder=3)
     attempts = [now["step"] for before, now in pairwise(logged) if now["attempt"] != before["attempt"]]
     for number, step in enumerate(attempts):
         axes.axvline(step, color="#999999", linestyle=":", label="started again" if number == 0 else None)
