@@ -39,9 +39,9 @@ GPU_CASES = (
 )
 SMALL = {
     "run": {"name": "bench", "steps": 1000},
-    "model": {"layers": 4, "d_model": 256, "heads": 4, "max_sequence_tokens": 512},
-    "data": {"train": "none", "sequence_tokens": 512},
-    "batch": {"tokens_per_step": 2048, "sequences_per_micro_batch": 4},
+    "model": {"layers": 4, "d_model": 256, "heads": 4, "max_sequence_tokens": 256},
+    "data": {"train": "none", "sequence_tokens": 256},
+    "batch": {"tokens_per_step": 1024, "sequences_per_micro_batch": 4},
     "engine": {"compile": "off"},
 }
 
