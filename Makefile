@@ -5,12 +5,14 @@ PYTHON ?= python3
 PINS := requirements/dev.txt
 FIRST := $(shell grep -E '^(setuptools|torch)==' $(PINS))
 MADE := .venv/.made
+PEER_PINS := requirements/peers.txt
+PEERS_MADE := .venv-peers/.made
 SOURCES := llm_dist launcher benchmarks tests docs
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench test-gpu bench-gpu cuda
+.PHONY: help venv demo test check bench peers test-gpu bench-gpu cuda
 
 help: ## list what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +44,18 @@ check: $(MADE) ## lint, format, types and the rules of the house
 
 bench: $(MADE) ## measure against peers and limits on this machine
 	.venv/bin/python -m benchmarks $(ARGS)
+
+peers: $(PEERS_MADE) ## the other loaders' environment, .venv-peers/, for the comparison in make bench
+
+# torch goes in first and alone here too; the rest without dependencies, which contradict one another: its pins say how.
+$(PEERS_MADE): $(PEER_PINS)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "error: $(PYTHON) is not a Python 3.11 to 3.13; name one: make peers PYTHON=python3.12" >&2; exit 2; }
+	@echo "making .venv-peers/ (a few minutes, once)"
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install $(shell grep '^torch==' $(PEER_PINS))
+	.venv-peers/bin/pip install --no-deps -r $(PEER_PINS)
+	@touch $@
 
 test-gpu: cuda ## the tests that need a CUDA device
 	.venv/bin/pytest tests/gpu $(ARGS)

@@ -8,7 +8,10 @@ from typing import Any
 
 from launcher.capacity import machine_here
 from llm_dist.config import Config
-from llm_dist.data.index import read_dataset
+from llm_dist.data.fetch import Fetcher
+from llm_dist.data.folder import DATASET, read_dataset
+from llm_dist.data.index import is_url
+from llm_dist.data.remote import remote_dataset
 from llm_dist.model.size import GPU
 from llm_dist.plan import USABLE_MEMORY, Plan, make_plan, memory_of
 
@@ -30,11 +33,23 @@ def data_size(config: Config, must_exist: bool) -> DataSize:
     Raises:
         UserError: it must exist and does not, or it is broken.
     """
-    folder = Path(config.data.train)
-    if not must_exist and not (folder / "dataset.json").exists():
+    datasets = [_dataset(config, place, must_exist) for place in config.data.sources.values()]
+    known = [dataset for dataset in datasets if dataset is not None]
+    if not known:
         return DataSize(config.plan.vocabulary_tokens, None)
-    dataset = read_dataset(folder)
-    return DataSize(int(dataset["vocabulary_tokens"]), int(dataset["num_tokens"]))
+    vocabulary_tokens = max(int(dataset["vocabulary_tokens"]) for dataset in known)
+    if len(known) < len(datasets):
+        return DataSize(vocabulary_tokens, None)
+    return DataSize(vocabulary_tokens, sum(int(dataset["num_tokens"]) for dataset in known))
+
+
+def _dataset(config: Config, place: str, must_exist: bool) -> dict[str, Any] | None:
+    """dataset.json of a source; None where it is not there yet, or made of raw text when the run starts."""
+    if is_url(place):
+        return remote_dataset(Fetcher(place))
+    is_there = (Path(place) / DATASET).exists()
+    is_raw_text = config.data.tokenizer is not None and Path(place).exists()
+    return None if not is_there and (is_raw_text or not must_exist) else read_dataset(Path(place))
 
 
 def plan_of(config: Config, data: DataSize, ranks: int, gpu: str | None = None, price: float | None = None) -> Plan:

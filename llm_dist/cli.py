@@ -132,21 +132,18 @@ def data_order(
 
     def work() -> Any:
         from llm_dist import config
-        from llm_dist.data.index import open_shards
-        from llm_dist.data.order import Order, order_hash
+        from llm_dist.data.opening import open_reading
 
         run = config.load(source, overrides or ())
         chosen = _range(steps)
-        shards = open_shards(run.data.train)
-        order = Order(shards.num_tokens, run.data.sequence_tokens, run.run.seed)
-        per_step = run.batch.tokens_per_step // run.data.sequence_tokens
+        reading = open_reading(run)
         return {
-            "hash": order_hash(shards, order, chosen, per_step, ranks),
+            "hash": reading.order_hash(chosen, ranks),
             "steps": steps,
             "ranks": ranks,
-            "sequences_per_step": per_step,
-            "first_epoch": chosen.start * per_step / order.sequences_per_epoch,
-            "last_epoch": chosen.stop * per_step / order.sequences_per_epoch,
+            "sequences_per_step": run.sequences_per_step,
+            "epochs_before": reading.epochs(chosen.start),
+            "epochs_after": reading.epochs(chosen.stop),
         }
 
     _finish(work, as_json)
@@ -164,22 +161,15 @@ def data_trace(
 
     def work() -> int:
         from llm_dist import config
-        from llm_dist.data.index import open_shards
-        from llm_dist.data.order import Order
-        from llm_dist.data.trace import trace
+        from llm_dist.data.opening import open_reading
+        from llm_dist.data.trace import check_same_data, trace
 
         run = config.load(source, overrides or ())
-        shards = open_shards(run.data.train)
+        reading = open_reading(run)
         record = Path(source) / "source.json"
-        began_on = json.loads(record.read_text())["fingerprints"]["data"] if record.is_file() else shards.fingerprint
-        if began_on != shards.fingerprint:
-            raise UserError(
-                f"data.train={run.data.train}: its data fingerprint is {shards.fingerprint[:12]}, and the run read "
-                f"{began_on[:12]}; restore the folder to trace its steps"
-            )
-        order = Order(shards.num_tokens, run.data.sequence_tokens, run.run.seed)
-        per_step = run.batch.tokens_per_step // run.data.sequence_tokens
-        found = trace(shards, order, step, per_step, max_characters)
+        if record.is_file():
+            check_same_data(reading, json.loads(record.read_text())["fingerprints"])
+        found = trace(reading, step, max_characters)
         if as_json:
             _show(found, as_json)
         else:
@@ -216,7 +206,7 @@ def train(
 @app.command("eval", epilog=_examples("llm-dist eval runs/demo --data shards/holdout --json"))
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[Path, typer.Option(help="Shard folder to score.")],
+    data: Annotated[str, typer.Option(help="Shard folder, or URL of one, to score.")],
     step: Step = None,
     best: Best = False,
     precision: Annotated[Precision | None, typer.Option(help="The run's own by default.")] = None,

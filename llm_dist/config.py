@@ -18,7 +18,7 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llm_dist.errors import ResumeRefused, UserError
+from llm_dist.errors import UserError
 
 OnResume = Literal["identity", "from_now", "free"]
 
@@ -138,24 +138,86 @@ class Model(Section):
         return self.family == "gpt2" if self.tied_head is None else self.tied_head
 
 
+class Segment(Section):
+    """Weights of the sources from a step on, until the next segment."""
+
+    from_step: int = Field(ge=0)
+    """The first step they rule is the one after so many finished steps."""
+    weights: dict[str, float] = Field(min_length=1)
+    """Share of a step's sequences by source; they need not sum to 1, and a source left out gives nothing."""
+
+
 class Data(Section):
     """What the model reads."""
 
-    train: str = free()
-    """Shard folder made by `llm-dist tokenize` (its fingerprint, not its path, belongs to the run's identity)."""
+    train: str | dict[str, str] = free()
+    """Shard folder, URL of one, or raw text with `data.tokenizer`; a table of them, by name, is a mixture. A source's
+    fingerprint, not its path, belongs to the run's identity."""
+    mixture: list[Segment] = from_now([])
+    """Segments `{from_step, weights}`; sources are read at the same rate when absent. What lies behind the current step
+    never changes; later segments, with new sources too, may be added."""
     holdout: str | list[str] = free([])
     """Shard folder or folders for validation; each gets its own curve, named after the folder."""
     sequence_tokens: int = identity(ge=1)
     """Length T of a training sequence."""
+    packing: Literal["concatenate", "best_fit"] = identity("concatenate")
+    """concatenate: sequences are cut from the stream. best_fit: whole documents, packed tightly, and padding."""
     document_mask: bool = identity(False)
     """Attention and positions stop at document borders (taken from the index, never inferred)."""
+    tokenizer: str | None = free(None)
+    """Tokenizer folder for sources that are raw text: they become shards in `data.cache` when the run starts."""
+    split: Literal["file", "blank-line", "line"] = free("file")
+    """What a document is in raw .txt, as in `llm-dist tokenize`."""
+    cache: str = free("~/.cache/llm_dist")
+    """Folder for shards made from raw text, and for what is fetched from URLs; ranks of a host share it."""
+    cache_gigabytes: float = free(16.0, gt=0)
+    """What is fetched from URLs may take so much disk per host; the longest unused goes first."""
     workers: int = free(1, ge=0)
     """Background threads that prepare the next steps' rows; 0 prepares them in the training thread."""
+
+    @model_validator(mode="after")
+    def _mixture_fits(self) -> Self:
+        if not self.sources or not all(self.sources):
+            raise ValueError("data.train names no source; give a folder, or a table of folders by name")
+        steps = [segment.from_step for segment in self.mixture]
+        if steps and (steps[0] != 0 or steps != sorted(set(steps))):
+            raise ValueError(f"data.mixture: from_step must begin at 0 and rise from segment to segment, found {steps}")
+        for number, segment in enumerate(self.mixture):
+            if unknown := segment.weights.keys() - self.sources.keys():
+                raise ValueError(
+                    f"data.mixture[{number}] weighs {', '.join(sorted(unknown))}, which data.train does not name; "
+                    f"it names {', '.join(self.sources)}"
+                )
+            weights = segment.weights.values()
+            if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+                raise ValueError(f"data.mixture[{number}].weights must be at least 0, finite, and not all 0")
+        return self
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where each source lies, by name; a single one is called train."""
+        return {"train": self.train} if isinstance(self.train, str) else self.train
 
     @property
     def holdouts(self) -> list[str]:
         """The held-out folders as a list."""
         return [self.holdout] if isinstance(self.holdout, str) else self.holdout
+
+    def segments_before(self, step: int) -> list[tuple[int, dict[str, float] | None]]:
+        """Segments that have ruled when `step` steps are finished; None: weights that follow from the sources' sizes.
+
+        Weights are shares, so that what means the same is equal.
+        """
+        segments = [(segment.from_step, segment.weights) for segment in self.mixture]
+        if not segments and len(self.sources) == 1:
+            segments = [(0, dict.fromkeys(self.sources, 1.0))]
+        if not segments:
+            return [(0, None)] if step > 0 else []
+        return [(first, _shares(weights)) for first, weights in segments if first < step]
+
+
+def _shares(weights: dict[str, float]) -> dict[str, float]:
+    return {name: weight / sum(weights.values()) for name, weight in sorted(weights.items()) if weight}
 
 
 class BatchSize(Section):
@@ -319,6 +381,11 @@ class Config(Section):
         return self.optim.total_steps or self.run.steps
 
     @property
+    def sequences_per_step(self) -> int:
+        """Rows of a step's global set, S."""
+        return self.batch.tokens_per_step // self.data.sequence_tokens
+
+    @property
     def save_every_steps(self) -> int:
         """Checkpoint interval, resolved."""
         return self.checkpoint.every_steps or max(1, self.run.steps // 10)
@@ -438,27 +505,3 @@ def fields() -> dict[str, OnResume]:
         for section, table in Config.model_fields.items()
         for name, field in cast(type[Section], table.annotation).model_fields.items()
     }
-
-
-def check_resume(before: Config, now: Config, accepted: Sequence[str] = ()) -> list[str]:
-    """Names of the `from_now` keys that change; refuses what would make another run.
-
-    Raises:
-        ResumeRefused: an identity key differs, or a `from_now` key differs and is not among `accepted`.
-    """
-    old, new = before.model_dump(by_alias=True), now.model_dump(by_alias=True)
-    refused, changed = [], []
-    for key, rule in fields().items():
-        section, name = key.split(".")
-        was, is_now = old[section][name], new[section][name]
-        if was == is_now or rule == "free":
-            continue
-        if rule == "identity":
-            refused.append(f"{key} was {was!r} and is now {is_now!r}: that is another run; choose another run.name")
-        elif key not in accepted:
-            refused.append(f"{key} was {was!r} and is now {is_now!r}; add --accept {key} to change it from here on")
-        else:
-            changed.append(key)
-    if refused:
-        raise ResumeRefused("\n".join(refused))
-    return changed

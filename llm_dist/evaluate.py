@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from llm_dist.batch import NOT_SCORED, Batch, LossSum
+from llm_dist.batch import Batch, LossSum
 from llm_dist.data.holdout import HoldoutWindows
 from llm_dist.data.index import ShardSet
 from llm_dist.objectives import Objective
@@ -54,26 +53,11 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64)
     for first in range(0, most_windows, sequences_per_batch):
         chosen = own[first : first + sequences_per_batch]
-        batch = _batch(windows, chosen, objective, sequences_per_batch)
+        batch = objective.make_batch(windows.rows(chosen), sequences_per_batch)
         loss = loss_of(batch.to(runtime.device))
         sums += torch.stack([loss.nats.double(), loss.tokens.double()]).cpu()
     nats, tokens = runtime.sum(sums).tolist()
     return _evaluation(nats, int(tokens), windows.num_bytes)
-
-
-def _batch(windows: HoldoutWindows, chosen: range, objective: Objective, num_rows: int) -> Batch:
-    """The chosen windows as one batch; positions that are padding, or another window's to score, are not scored."""
-    rows = [windows.window(index) for index in chosen]
-    width = windows.sequence_tokens + 1
-    tokens = np.stack([row.tokens for row in rows]) if rows else np.zeros((0, width), np.int64)
-    documents = None
-    if windows.document_mask:
-        ids = [row.document_ids for row in rows if row.document_ids is not None]
-        documents = np.stack(ids) if ids else np.zeros((0, width), np.int64)
-    batch = objective.make_batch(tokens, documents, num_rows)
-    for position, row in enumerate(rows):
-        batch.labels[position, row.num_scored :] = NOT_SCORED
-    return batch
 
 
 def _evaluation(nats: float, tokens: int, num_bytes: int) -> Evaluation:

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llm_dist import config
 from llm_dist.batch import NOT_SCORED, Batch, LossSum
 from llm_dist.model.transformer import Transformer
-
-TokenArray = np.ndarray[tuple[int, int], np.dtype[np.int64]]
+from llm_dist.rows import Rows
 
 
 class Objective(Protocol):
     """The two ends of learning."""
 
-    def make_batch(self, tokens: TokenArray, document_ids: TokenArray | None, num_rows: int) -> Batch:
-        """Batch of exactly `num_rows` rows from tokens [B, T+1]; rows beyond B are absent and weigh nothing."""
+    def make_batch(self, rows: Rows, num_rows: int) -> Batch:
+        """Batch of exactly `num_rows` rows; those beyond `rows` are absent and weigh nothing."""
 
     def loss(self, model: Transformer, batch: Batch) -> LossSum:
         """Loss of the batch, summed over its scored positions."""
@@ -36,18 +34,20 @@ class Causal:
     def __init__(self, z_loss: float = 0.0) -> None:
         self.z_loss = z_loss
 
-    def make_batch(self, tokens: TokenArray, document_ids: TokenArray | None, num_rows: int) -> Batch:
-        """Inputs are tokens 0..T-1, labels the tokens after them; absent rows repeat token 0 and are not scored."""
-        num_present, sequence_tokens = tokens.shape[0], tokens.shape[1] - 1
-        present = torch.from_numpy(tokens)
+    def make_batch(self, rows: Rows, num_rows: int) -> Batch:
+        """Labels are what follows each input; absent rows repeat token 0, and they and padding are not scored."""
+        num_present, sequence_tokens = rows.inputs.shape
         input_ids = torch.zeros(num_rows, sequence_tokens, dtype=torch.int64)
         labels = torch.full((num_rows, sequence_tokens), NOT_SCORED, dtype=torch.int64)
-        input_ids[:num_present] = present[:, :-1]
-        labels[:num_present] = present[:, 1:]
-        if document_ids is None:
+        input_ids[:num_present] = torch.from_numpy(rows.inputs)
+        labels[:num_present] = torch.from_numpy(rows.following)
+        if rows.num_scored is not None:
+            is_padding = torch.arange(sequence_tokens) >= torch.from_numpy(rows.num_scored)[:, None]
+            labels[:num_present][is_padding] = NOT_SCORED
+        if rows.document_ids is None:
             return Batch(input_ids, labels)
         documents = torch.zeros(num_rows, sequence_tokens, dtype=torch.int64)
-        documents[:num_present] = torch.from_numpy(document_ids)[:, :-1]
+        documents[:num_present] = torch.from_numpy(rows.document_ids)
         return Batch(input_ids, labels, documents, positions_in_documents(documents))
 
     def loss(self, model: Transformer, batch: Batch) -> LossSum:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FLOORS = (
-    ("errors", "batch"),
+    ("errors", "batch", "rows"),
     ("config", "runtime"),
     ("model", "tokenizer", "optim"),
     ("plan", "objectives", "metrics"),
@@ -34,6 +34,7 @@ SHARED_ROOMS = {
     "tokenizer_vocabulary": "tokenizer",
     "tokenizer_fast": "tokenizer",
     "plan_memory": "plan",
+    "config_resume": "config",
 }
 """Files that live in the room of another file."""
 
@@ -60,8 +61,7 @@ TORCH_FREE = (
         "llm_dist.model.size",
         "llm_dist.checkpoint.layout",
     ),
-    *("llm_dist.data.index", "llm_dist.data.order"),
-    *("llm_dist.data.documents", "llm_dist.data.shards", "llm_dist.data.tokenize"),
+    *("llm_dist.rows", "llm_dist.data"),
 )
 """Importing these, and all that lies inside them, loads no torch."""
 

@@ -1,7 +1,7 @@
-"""What a finished shard folder holds, and the cheap proofs that it still does: files, sizes, indices, counts, dtype.
+"""What a finished shard folder holds, and the cheap proofs that it still does: files, sizes, index, counts, dtype.
 
-A folder is dataset.json (written last), a tar with an index beside it per shard, and the tokenizer. Everything here is
-metadata; no token is read. Knows no torch.
+A folder is dataset.json (written last), index.npy and checksums.npy, the tars, and the tokenizer. It lies on this
+machine or under a URL: `place` reads its files. Everything here is metadata; no token is read. Knows no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +20,50 @@ import numpy.typing as npt
 from llm_dist.errors import UserError
 from llm_dist.tokenizer import read_description
 
-FORMAT = 1
+FORMAT = 2
+INDEX, CHECKSUMS, DATASET = "index.npy", "checksums.npy", "dataset.json"
+TOKENIZER = "tokenizer"
 INDEX_ROW = np.dtype(
     [
         ("token_offset", "<u8"),
-        ("num_tokens", "<u8"),
         ("docs_offset", "<u8"),
         ("num_bytes", "<u8"),
+        ("num_tokens", "<u4"),
         ("num_documents", "<u4"),
-        ("crc_tokens", "<u4"),
         ("crc_docs", "<u4"),
         ("flags", "<u4"),
     ]
 )
+BLOCK_TOKENS = 1 << 16
+"""Tokens of a chunk that share a checksum; what is not proved yet, or not fetched yet, is proved or fetched by blocks."""
 CONTINUES = 1
 """Flag: the chunk's first document is the rest of the previous chunk's last one."""
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _MOST_FRAMING_BYTES = 2048
 """Between a chunk's tokens and its document ends stand padding, a tar header and a .npy header."""
 _COUNTS = ("num_tokens", "num_documents", "num_bytes")
-_DATASET_KEYS = ("dtype", "tokenizer", "vocabulary_tokens", *_COUNTS, "fingerprint", "shards")
+_DATASET_KEYS = (
+    *("dtype", "tokenizer", "vocabulary_tokens", *_COUNTS),
+    *("fingerprint", "index_sha256", "checksums_sha256", "shards"),
+)
 
 
-def read_dataset(folder: Path) -> dict[str, Any]:
-    """dataset.json of a finished shard folder, with a known format and dtype."""
-    path = folder / "dataset.json"
+def read_dataset(folder: Path, shown: str | None = None) -> dict[str, Any]:
+    """dataset.json of a finished shard folder, with a known format and dtype; `shown` names the folder in messages."""
     try:
-        dataset = json.loads(path.read_text(encoding="utf-8"))
+        content = (folder / DATASET).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_why_not_a_dataset(folder)) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder / DATASET}: not JSON ({error}); restore the file or tokenize again") from None
+    return parse_dataset(content, shown or str(folder))
+
+
+def parse_dataset(content: str, shown: str) -> dict[str, Any]:
+    """The table that dataset.json holds, when it is of this format; `shown` is the folder it lies in."""
+    path = f"{shown}/{DATASET}"
+    try:
+        dataset = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); restore the file or tokenize again") from None
     if not isinstance(dataset, dict) or dataset.get("format") != FORMAT:
@@ -68,72 +84,100 @@ def _why_not_a_dataset(folder: Path) -> str:
     if (folder / "train").is_dir():
         return f"{folder}: not a shard folder but the folder of two; name {folder / 'train'}"
     if any(folder.glob("shard-*")):
-        return f"{folder}: unfinished, it has shards but no dataset.json; run the same llm-dist tokenize again"
-    return f"{folder}: not a shard folder, it has no dataset.json; llm-dist tokenize makes one"
+        return f"{folder}: unfinished, it has shards but no {DATASET}; run the same llm-dist tokenize again"
+    return f"{folder}: not a shard folder, it has no {DATASET}; llm-dist tokenize makes one"
 
 
-def index_path(folder: Path, shard_name: str) -> Path:
-    """The index that lies beside a shard."""
-    return folder / f"{shard_name.removesuffix('.tar')}.idx.npy"
-
-
-def read_index(folder: Path, shard: dict[str, Any]) -> np.ndarray:
-    """One shard's index: structured array [num_chunks] of `INDEX_ROW`, proved against its sha256 in dataset.json."""
-    path = index_path(folder, shard["name"])
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: the index is missing; restore it or tokenize again") from None
-    if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
-        raise UserError(f"{path}: the index is not the one dataset.json names (sha256); restore it or tokenize again")
-    try:
-        rows: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-    except ValueError as error:
-        raise UserError(f"{path}: not an index ({error}); tokenize again") from None
-    if rows.dtype != INDEX_ROW or rows.ndim != 1:
-        raise UserError(f"{path}: not an index of format {FORMAT}; tokenize again")
+def read_index(folder: Path, dataset: dict[str, Any]) -> np.ndarray:
+    """The index: structured array [chunks] of `INDEX_ROW`, proved against its sha256 in dataset.json."""
+    rows = _read_array(folder / INDEX, dataset["index_sha256"], INDEX_ROW)
+    num_chunks = sum(shard["num_chunks"] for shard in dataset["shards"])
+    if len(rows) != num_chunks:
+        raise UserError(f"{folder / INDEX}: {len(rows)} chunks, {DATASET} says {num_chunks}; tokenize again")
     return rows
 
 
-def check_counts(folder: Path, dataset: dict[str, Any]) -> None:
+def read_checksums(folder: Path, dataset: dict[str, Any], rows: np.ndarray) -> npt.NDArray[np.uint32]:
+    """CRC-32 of every block of every chunk, in order [blocks]; proved against its sha256 in dataset.json."""
+    checksums: npt.NDArray[np.uint32] = _read_array(folder / CHECKSUMS, dataset["checksums_sha256"], np.dtype("<u4"))
+    num_blocks = int(blocks_of(rows).sum())
+    if len(checksums) != num_blocks:
+        raise UserError(f"{folder / CHECKSUMS}: {len(checksums)} blocks, {INDEX} says {num_blocks}; tokenize again")
+    return checksums
+
+
+def blocks_of(rows: np.ndarray) -> npt.NDArray[np.int64]:
+    """Blocks of each chunk: [chunks]."""
+    num_tokens: npt.NDArray[np.int64] = rows["num_tokens"].astype(np.int64)
+    return -(-num_tokens // BLOCK_TOKENS)
+
+
+def _read_array(path: Path, sha256: str, dtype: np.dtype[Any]) -> np.ndarray:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; restore it or tokenize again") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{path}: not the one {DATASET} names (sha256); restore it or tokenize again")
+    try:
+        array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"{path}: not an array ({error}); tokenize again") from None
+    if array.dtype != dtype or array.ndim != 1:
+        raise UserError(f"{path}: not of format {FORMAT}; tokenize again")
+    return array
+
+
+def check_counts(shown: str, dataset: dict[str, Any]) -> None:
     """The shards' counts sum to the dataset's, and there is something to read."""
     for key in _COUNTS:
         total = sum(shard[key] for shard in dataset["shards"])
         if total != dataset[key]:
-            raise UserError(
-                f"{folder}/dataset.json: {key}={dataset[key]} but its shards sum to {total}; tokenize again"
-            )
+            raise UserError(f"{shown}/{DATASET}: {key}={dataset[key]} but its shards sum to {total}; tokenize again")
     if not dataset["num_tokens"]:
-        raise UserError(f"{folder}: holds no tokens; tokenize a longer text or hold out less")
+        raise UserError(f"{shown}: holds no tokens; tokenize a longer text or hold out less")
 
 
-def check_shard(folder: Path, shard: dict[str, Any], rows: np.ndarray, dtype: np.dtype[Any]) -> None:
-    """A shard is there in its full length and its index fits it."""
-    path = folder / shard["name"]
-    if not path.is_file():
-        raise UserError(f"{path}: the shard is missing; restore it or tokenize again")
-    size = path.stat().st_size
-    if size != shard["bytes"]:
-        kind = "truncated" if size < shard["bytes"] else "too long"
-        raise UserError(f"{path}: {kind}, {size} bytes instead of {shard['bytes']}; restore it or tokenize again")
-    if mistake := index_mistake(rows, shard, dtype):
-        raise UserError(f"{index_path(folder, shard['name'])}: {mistake}; tokenize again")
+def check_files(folder: Path, dataset: dict[str, Any]) -> None:
+    """Every shard is there in its full length."""
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".tar")}
+    for shard in dataset["shards"]:
+        path, wanted = folder / shard["name"], shard["bytes"]
+        if (size := sizes.get(shard["name"])) is None:
+            raise UserError(f"{path}: the shard is missing; restore it or tokenize again")
+        if size != wanted:
+            kind = "truncated" if size < wanted else "too long"
+            raise UserError(f"{path}: {kind}, {size} bytes instead of {wanted}; restore it or tokenize again")
 
 
-def index_mistake(rows: np.ndarray, shard: dict[str, Any], dtype: np.dtype[Any]) -> str | None:
-    """Why an index does not fit its entry in dataset.json; None when it fits."""
-    if len(rows) != shard["num_chunks"]:
-        return f"{len(rows)} chunks, dataset.json says {shard['num_chunks']}"
+def check_index(folder: Path, dataset: dict[str, Any], rows: np.ndarray) -> None:
+    """The index fits the shards that dataset.json lists."""
+    if mistake := index_mistake(rows, dataset):
+        raise UserError(f"{folder / INDEX}: {mistake}; tokenize again")
+
+
+def index_mistake(rows: np.ndarray, dataset: dict[str, Any]) -> str | None:
+    """Why an index does not fit its dataset.json; None when it fits."""
+    shards = dataset["shards"]
+    num_chunks = [shard["num_chunks"] for shard in shards]
+    if not all(num_chunks):
+        return f"{shards[num_chunks.index(0)]['name']} has no chunk"
+    firsts = np.cumsum([0, *num_chunks[:-1]])
     for key in ("num_tokens", "num_bytes"):
-        if (total := int(rows[key].sum())) != shard[key]:
-            return f"{key} sums to {total}, dataset.json says {shard[key]}"
-    ends = rows["token_offset"] + rows["num_tokens"] * np.uint64(dtype.itemsize)
+        sums = np.add.reduceat(rows[key].astype(np.int64), firsts)
+        wrong = np.flatnonzero(sums != np.array([shard[key] for shard in shards]))
+        if len(wrong):
+            shard = shards[wrong[0]]
+            return f"{key} of {shard['name']} sums to {sums[wrong[0]]}, {DATASET} says {shard[key]}"
+    itemsize = DTYPES[dataset["dtype"]].itemsize
+    ends = rows["token_offset"] + rows["num_tokens"].astype(np.uint64) * np.uint64(itemsize)
     docs_ends = rows["docs_offset"] + rows["num_documents"].astype(np.uint64) * np.uint64(4)
-    outside = (rows["num_tokens"] == 0) | (ends > rows["docs_offset"]) | (docs_ends > shard["bytes"])
+    shard_bytes = np.repeat(np.array([shard["bytes"] for shard in shards], np.uint64), num_chunks)
+    outside = (rows["num_tokens"] == 0) | (ends > rows["docs_offset"]) | (docs_ends > shard_bytes)
     outside |= (rows["token_offset"] % np.uint64(64) != 0) | (rows["docs_offset"] % np.uint64(64) != 0)
     outside |= ends + np.uint64(_MOST_FRAMING_BYTES) < rows["docs_offset"]
     if outside.any():
-        return f"chunk {int(outside.argmax())} does not fit the shard and dtype {dtype.name}"
+        return f"chunk {int(outside.argmax())} does not fit its shard and dtype {dataset['dtype']}"
     return None
 
 

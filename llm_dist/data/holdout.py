@@ -12,25 +12,10 @@ byte = nats / ln 2 / num_bytes, num_bytes being the UTF-8 bytes of the text. Kno
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 
 from llm_dist.data.index import ShardSet
-from llm_dist.data.loader import document_ids
-
-
-@dataclass(frozen=True)
-class HoldoutWindow:
-    """One row of held-out text."""
-
-    tokens: npt.NDArray[np.int64]
-    """[T + 1]: T inputs and the token after them."""
-    document_ids: npt.NDArray[np.int64] | None
-    """[T + 1], counted up at every separator; None without a document mask."""
-    num_scored: int
-    """The first so many of the T positions are scored."""
+from llm_dist.rows import Rows
 
 
 class HoldoutWindows:
@@ -72,18 +57,22 @@ class HoldoutWindows:
         """
         return round(self._shards.num_bytes * self.num_scored_tokens / self._shards.num_tokens)
 
-    def window(self, index: int) -> HoldoutWindow:
-        """Window `index` of `num_windows`.
+    def rows(self, chosen: range) -> Rows:
+        """The windows of these numbers, of `num_windows`.
 
         Raises:
-            UserError: a chunk it lies in is damaged.
+            UserError: a block they lie in is damaged.
         """
-        start, num_scored = int(self._starts[index]), int(self._num_scored[index])
-        # Past the last scored target the circle goes on with the stream's start, which is another window's to score.
-        tokens = np.full(self.sequence_tokens + 1, self._shards.tokens(start + num_scored, 1)[0], np.int64)
-        tokens[:num_scored] = self._shards.tokens(start, num_scored)
-        documents = None
-        if self.document_mask:
-            documents = document_ids(self._shards, self._starts[index : index + 1], self.sequence_tokens + 1)[0]
-            documents[num_scored:] = documents[num_scored]
-        return HoldoutWindow(tokens, documents, num_scored)
+        width = self.sequence_tokens + 1
+        picked = slice(chosen.start, chosen.stop, chosen.step)
+        starts, num_scored = self._starts[picked], self._num_scored[picked]
+        tokens = np.empty((len(chosen), width), np.int64)
+        self._shards.gather(starts, width, tokens)
+        ids = self._shards.document_ids(starts, self.sequence_tokens) if self.document_mask else None
+        for row in np.flatnonzero(num_scored < self.sequence_tokens).tolist():
+            # Past the last scored target the circle goes on with the stream's start, which is another window's to score.
+            end = int(num_scored[row])
+            tokens[row, end + 1 :] = tokens[row, end]
+            if ids is not None:
+                ids[row, end:] = ids[row, end]
+        return Rows(tokens[:, :-1], tokens[:, 1:], num_scored, ids)

@@ -1,67 +1,105 @@
 """Open a shard folder and read its token stream at random, at the speed of memory.
 
-The stream is every shard's chunks one after another, a circle: past its end it begins again. Tars are memory-mapped and
-never parsed: offsets, lengths and checksums come from the indices beside them. Opening reads dataset.json and the
-indices (48 bytes per chunk) and looks at file sizes; a chunk's checksum is proved when it is first touched, so damage
-is named before the step that would use it. Knows no order, no sequence length and no torch.
+The stream is every shard's chunks one after another, a circle: past its end it begins again. Opening reads
+dataset.json, the index and the checksums and looks at file sizes; a block's checksum is proved when it is first
+touched, so damage is named before the step that would use it. The bytes come from `local`, or from `remote` where the
+folder is a URL; nothing else tells the two apart. Knows no order, no sequence length and no torch.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import threading
-import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from llm_dist.data.chunks import Chunks, Integers
 from llm_dist.data.folder import (
     CONTINUES,
-    DTYPES,
-    FORMAT,
-    INDEX_ROW,
+    TOKENIZER,
     check_counts,
-    check_shard,
+    check_files,
+    check_index,
     check_tokenizer,
-    index_path,
+    read_checksums,
     read_dataset,
     read_index,
-    stored_dtype,
 )
-from llm_dist.errors import UserError
+from llm_dist.data.local import LocalTokens
 
-__all__ = ["CONTINUES", "DTYPES", "FORMAT", "INDEX_ROW", "ShardSet", "index_path", "open_shards", "read_dataset"]
-
-MAX_OPEN_SHARDS = 256
-"""A map holds a file descriptor; the usual limit is 1024 for the whole process."""
-
-Integers = npt.NDArray[np.integer[Any]]
+__all__ = ["DEFAULT_CACHE", "ShardSet", "TokenReader", "is_url", "open_shards", "read_chunks"]
 
 
-def open_shards(folder: str | Path) -> ShardSet:
-    """Open a finished shard folder and prove what is cheap to prove: files, sizes, indices, counts, dtype.
+DEFAULT_CACHE = Path("~/.cache/llm_dist")
+
+
+def is_url(place: str) -> bool:
+    """Whether shards lie behind a protocol of fsspec and not in a folder."""
+    return "://" in place
+
+
+class TokenReader(Protocol):
+    """Where the bytes of chunks come from; what is read is proved."""
+
+    is_remote: bool
+
+    def piece(self, chunk: int, first: int, count: int) -> Integers:
+        """`count` tokens of a chunk from its token `first` on; read-only."""
+
+    def pieces(self, chunks: Integers, firsts: Integers, count: int) -> list[Integers]:
+        """`piece` for many places [n] at once."""
+
+    def ends(self, chunk: int) -> npt.NDArray[np.uint32]:
+        """Cumulative document ends inside a chunk; read-only."""
+
+    def prefetch(self, spans: list[tuple[int, int, int]]) -> None:
+        """Tokens that will be asked for soon: (chunk, first, count)."""
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+
+
+def open_shards(folder: str | Path, cache: Path = DEFAULT_CACHE, cache_gigabytes: float = 16.0) -> ShardSet:
+    """Open a finished shard folder and prove what is cheap to prove: files, sizes, index, counts, dtype.
+
+    Of a URL the tables and the tokenizer are fetched into `cache`, which then keeps up to `cache_gigabytes` of tokens.
 
     Raises:
         UserError: what is missing, truncated or of another format, and the way out.
     """
+    if is_url(str(folder)):
+        from llm_dist.data.remote import open_remote
+
+        return open_remote(str(folder), cache.expanduser(), cache_gigabytes)
     path = Path(folder)
     dataset = read_dataset(path)
-    check_counts(path, dataset)
-    rows = [read_index(path, shard) for shard in dataset["shards"]]
-    for shard, index in zip(dataset["shards"], rows, strict=True):
-        check_shard(path, shard, index, DTYPES[dataset["dtype"]])
-    check_tokenizer(path, dataset["tokenizer"])
-    return ShardSet(path, dataset, rows)
+    check_files(path, dataset)
+    chunks = read_chunks(path, dataset, str(folder))
+    return ShardSet(path, dataset, chunks, LocalTokens(path, chunks))
+
+
+def read_chunks(metadata: Path, dataset: dict[str, Any], shown: str) -> Chunks:
+    """Prove and read the tables beside dataset.json; `metadata` holds them and the tokenizer.
+
+    Raises:
+        UserError: what is missing or damaged.
+    """
+    check_counts(shown, dataset)
+    rows = read_index(metadata, dataset)
+    check_index(metadata, dataset, rows)
+    checksums = read_checksums(metadata, dataset, rows)
+    check_tokenizer(metadata, dataset["tokenizer"])
+    return Chunks(shown, dataset, rows, checksums)
 
 
 class ShardSet:
     """The token stream of one shard folder; `open_shards` makes it. Safe to read from several threads."""
 
-    def __init__(self, folder: Path, dataset: dict[str, Any], rows: list[np.ndarray]) -> None:
-        self.folder = folder
+    def __init__(self, metadata: Path, dataset: dict[str, Any], chunks: Chunks, reader: TokenReader) -> None:
+        """`metadata` is a folder of this machine with the tokenizer."""
+        self.folder = chunks.shown
+        """As messages name it: a path or a URL."""
         self.dataset = dataset
         self.num_tokens: int = dataset["num_tokens"]
         self.num_documents: int = dataset["num_documents"]
@@ -69,62 +107,56 @@ class ShardSet:
         self.vocabulary_tokens: int = dataset["vocabulary_tokens"]
         self.fingerprint: str = dataset["fingerprint"]
         self.tokenizer_fingerprint: str = dataset["tokenizer"]
-        self.dtype: np.dtype[Any] = DTYPES[dataset["dtype"]]
-        self._rows = np.concatenate(rows)
-        self._shard_of = np.repeat(np.arange(len(rows), dtype=np.int32), [len(index) for index in rows])
-        self._first_token = np.zeros(len(self._rows) + 1, np.int64)
-        np.cumsum(self._rows["num_tokens"], out=self._first_token[1:])
-        self._shift = self._rows["token_offset"].astype(np.int64) // self.dtype.itemsize - self._first_token[:-1]
-        self._docs = np.stack([self._rows["docs_offset"] // np.uint64(4), self._rows["num_documents"]], axis=1)
-        self._tokens_checked = np.zeros(len(self._rows), np.bool_)
-        self._documents_checked = np.zeros(len(self._rows), np.bool_)
-        self._maps: dict[int, Integers] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-
-    @property
-    def tokenizer_folder(self) -> Path:
+        self.tokenizer_folder = metadata / TOKENIZER
         """The tokenizer that made the tokens."""
-        return self.folder / "tokenizer"
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks over all shards."""
-        return len(self._rows)
+        self.dtype: np.dtype[Any] = chunks.dtype
+        self.is_remote = reader.is_remote
+        """Whether reading goes over a network, so that it helps to say what will be read."""
+        self.chunks = chunks
+        self._reader = reader
 
     def tokens(self, start: int, count: int) -> Integers:
         """`count` tokens from `start` on, circular, in the stored dtype; read-only and not copied inside a chunk.
 
         Raises:
-            UserError: a chunk among them is damaged.
+            UserError: a block among them is damaged.
         """
-        pieces = []
+        pieces = [self._reader.piece(*span) for span in self.spans(start, count)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+    def spans(self, start: int, count: int) -> list[tuple[int, int, int]]:
+        """The parts of chunks that make up `count` tokens from `start` on, circular: (chunk, first token, tokens)."""
+        spans = []
         position, left = start % self.num_tokens, count
         while left:
-            chunk = self.chunk_at(position)
-            self._check_tokens(np.array([chunk]))
-            size = min(left, int(self._first_token[chunk + 1]) - position)
-            first = position + int(self._shift[chunk])
-            pieces.append(self._shard(int(self._shard_of[chunk]))[first : first + size])
+            chunk = self.chunks.at(position)
+            first = position - int(self.chunks.first_token[chunk])
+            size = min(left, int(self.chunks.first_token[chunk + 1]) - position)
+            spans.append((chunk, first, size))
             position, left = (position + size) % self.num_tokens, left - size
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+        return spans
 
     def gather(self, starts: Integers, count: int, out: Integers) -> None:
         """Write the `count` tokens from each of `starts` [n] on, circular, into `out` [n, count] of any integer dtype.
 
         Raises:
-            UserError: a chunk among them is damaged.
+            UserError: a block among them is damaged.
         """
-        starts = np.asarray(starts, np.int64) % self.num_tokens
-        chunks = self._first_token.searchsorted(starts, side="right") - 1
-        self._check_tokens(chunks)
-        elements = (starts + self._shift[chunks]).tolist()
-        across = starts + count > self._first_token[chunks + 1]
-        for row, (shard, element) in enumerate(zip(self._shard_of[chunks].tolist(), elements, strict=True)):
-            piece = self._shard(shard)[element : element + count]
-            out[row, : len(piece)] = piece
-        for row in np.flatnonzero(across).tolist() if across.any() else ():
-            out[row] = self.tokens(int(starts[row]), count)
+        if not len(starts):
+            return
+        chunks, firsts = self.chunks.locate(starts % self.num_tokens)
+        crosses = firsts + count > self.chunks.num_tokens[chunks]
+        if not crosses.any():
+            pieces = self._reader.pieces(chunks, firsts, count)
+        else:
+            inside = iter(self._reader.pieces(chunks[~crosses], firsts[~crosses], count))
+            each = zip(starts.tolist(), crosses.tolist(), strict=True)
+            pieces = [self.tokens(start, count) if is_across else next(inside) for start, is_across in each]
+        np.concatenate(pieces, out=out.reshape(-1), casting="unsafe")
+
+    def prefetch(self, start: int, count: int) -> None:
+        """Say that `count` tokens from `start` on, circular, will be asked for soon."""
+        self._reader.prefetch(self.spans(start, count))
 
     def document_starts(self, start: int, count: int) -> npt.NDArray[np.int64]:
         """Positions in [0, count), relative to `start`, at which a document begins (its separator stands); circular.
@@ -135,128 +167,67 @@ class ShardSet:
             UserError: the document ends of a chunk among them are damaged.
         """
         pieces = []
-        position, done = start % self.num_tokens, 0
-        while done < count:
-            chunk = self.chunk_at(position)
-            base = int(self._first_token[chunk])
-            low, high = position - base, min(position - base + count - done, int(self._first_token[chunk + 1]) - base)
+        done = 0
+        for chunk, first, size in self.spans(start, count):
             ends = self.document_ends(chunk)[:-1]
-            inside = ends[ends.searchsorted(np.uint32(low)) : ends.searchsorted(np.uint32(high))]
-            if low == 0 and not self.continues(chunk):
+            inside = ends[ends.searchsorted(np.uint32(first)) : ends.searchsorted(np.uint32(first + size))]
+            if first == 0 and not self.chunks.continues(chunk):
                 pieces.append(np.array([done], np.int64))
-            pieces.append(inside.astype(np.int64) + (done - low))
-            done += high - low
-            position = (base + high) % self.num_tokens
+            pieces.append(inside.astype(np.int64) + (done - first))
+            done += size
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
-    def document_marks(self, starts: Integers, count: int) -> npt.NDArray[np.int64]:
-        """`document_starts` of many rows at once: [n, count], 1 where a document begins and 0 elsewhere.
+    def document_ids(self, starts: Integers, count: int) -> npt.NDArray[np.int32]:
+        """For rows of `count` tokens from `starts` [n] on: how many documents have begun in the row, [n, count].
 
         Raises:
             UserError: the document ends of a chunk among them are damaged.
         """
-        starts = np.asarray(starts, np.int64) % self.num_tokens
-        chunks = self._first_token.searchsorted(starts, side="right") - 1
-        offsets = starts - self._first_token[chunks]
+        borders, num_borders = self._borders(starts, count)
+        # A row is cut at its borders into runs of one id, the first of which is empty where a document begins it.
+        first_runs = np.cumsum(num_borders + 1) - num_borders - 1
+        bounds = np.empty(len(borders) + len(starts) + 1, np.int64)
+        is_border = np.ones(len(bounds), np.bool_)
+        is_border[first_runs] = is_border[-1] = False
+        bounds[is_border] = borders
+        bounds[first_runs] = np.arange(len(starts)) * count
+        bounds[-1] = len(starts) * count
+        ids = (np.arange(len(bounds) - 1) - np.repeat(first_runs, num_borders + 1)).astype(np.int32)
+        return np.repeat(ids, np.diff(bounds)).reshape(len(starts), count)
+
+    def _borders(self, starts: Integers, count: int) -> tuple[Integers, Integers]:
+        """Where documents begin in rows laid end to end, and how many do in each row: [borders], [n]."""
+        chunks, firsts = self.chunks.locate(starts % self.num_tokens)
         # Between a chunk's first token and its last, documents begin where others end, and nowhere else.
-        inside = (offsets > 0) & (starts + count <= self._first_token[chunks + 1])
-        bounds = np.stack([offsets, offsets + count], axis=1).astype(np.uint32)
-        pieces = [np.empty(0, np.uint32)]
-        for chunk, bound in zip(chunks[inside].tolist(), bounds[inside], strict=True):
-            ends = self.document_ends(chunk)
-            first, last = ends.searchsorted(bound).tolist()
-            pieces.append(ends[first:last])
-        to_row = (np.flatnonzero(inside) * count - offsets[inside]).repeat([len(piece) for piece in pieces[1:]])
-        marks = np.zeros(len(starts) * count, np.int64)
-        marks[np.concatenate(pieces) + to_row] = 1
-        rows = marks.reshape(len(starts), count)
-        for row in np.flatnonzero(~inside).tolist():
-            rows[row, self.document_starts(int(starts[row]), count)] = 1
-        return rows
+        inside = (firsts > 0) & (firsts + count <= self.chunks.num_tokens[chunks])
+        bounds = np.stack([firsts, firsts + count], axis=1).astype(np.uint32)
+        pieces: list[Integers] = []
+        for row, (chunk, is_inside, bound) in enumerate(zip(chunks.tolist(), inside.tolist(), bounds, strict=True)):
+            if is_inside:
+                ends = self._reader.ends(chunk)
+                low, high = ends.searchsorted(bound).tolist()
+                pieces.append(ends[low:high])
+            else:
+                pieces.append(self.document_starts(int(starts[row]), count) + firsts[row])
+        num_borders = np.array([len(piece) for piece in pieces], np.int64)
+        to_row = np.repeat(np.arange(len(starts)) * count - firsts, num_borders)
+        return np.concatenate(pieces) + to_row, num_borders
 
     def document_ends(self, chunk: int) -> npt.NDArray[np.uint32]:
-        """Cumulative document ends inside one chunk, the last being its number of tokens; read-only."""
-        first, size = self._docs[chunk].tolist()
-        ends = self._shard(int(self._shard_of[chunk])).view(np.uint32)[first : first + size]
-        if not self._documents_checked[chunk]:
-            if zlib.crc32(ends.data) != self._rows["crc_docs"][chunk]:
-                raise UserError(self._damage(chunk, "document ends"))
-            self._documents_checked[chunk] = True
-        return ends
+        """Cumulative document ends inside one chunk, the last being its number of tokens; read-only.
 
-    def chunk_at(self, position: int) -> int:
-        """Number of the chunk, over all shards, that holds token `position` of the stream."""
-        return int(self._first_token.searchsorted(position, side="right")) - 1
-
-    def first_token(self, chunk: int) -> int:
-        """Where a chunk begins in the stream."""
-        return int(self._first_token[chunk])
+        Raises:
+            UserError: they are damaged.
+        """
+        return self._reader.ends(chunk)
 
     def first_documents(self) -> npt.NDArray[np.int64]:
-        """[num_chunks]: number, in the stream, of the document to which each chunk's first token belongs."""
-        counts = self._rows["num_documents"].astype(np.int64)
-        continued = (self._rows["flags"] & CONTINUES).astype(np.int64)
+        """[chunks]: number, in the stream, of the document to which each chunk's first token belongs."""
+        counts = self.chunks.rows["num_documents"].astype(np.int64)
+        continued = (self.chunks.rows["flags"] & CONTINUES).astype(np.int64)
         first: npt.NDArray[np.int64] = np.cumsum(counts) - counts - np.cumsum(continued)
         return first
 
-    def place_of(self, chunk: int) -> tuple[str, int]:
-        """Name of the shard that holds a chunk, and the chunk's number inside it."""
-        shard = int(self._shard_of[chunk])
-        return self.dataset["shards"][shard]["name"], chunk - int(self._shard_of.searchsorted(shard))
-
-    def continues(self, chunk: int) -> bool:
-        """Whether the chunk's first document began in an earlier chunk."""
-        return bool(self._rows["flags"][chunk] & CONTINUES)
-
     def close(self) -> None:
-        """Give the maps back; a second call does nothing. Arrays handed out stay valid."""
-        with self._lock:
-            self._closed = True
-            self._maps.clear()
-
-    def _check_tokens(self, chunks: Integers) -> None:
-        checked = self._tokens_checked[chunks]
-        if checked.all():
-            return
-        for chunk in np.unique(chunks[~checked]).tolist():
-            first, end = (self._first_token[chunk : chunk + 2] + self._shift[chunk]).tolist()
-            tokens = self._shard(int(self._shard_of[chunk]))[first:end]
-            if zlib.crc32(tokens.data) != self._rows["crc_tokens"][chunk]:
-                raise UserError(self._damage(chunk, "tokens"))
-            self._tokens_checked[chunk] = True
-
-    def _damage(self, chunk: int, what: str) -> str:
-        name, within = self.place_of(chunk)
-        found = stored_dtype(
-            self._shard(int(self._shard_of[chunk])).view(np.uint8), int(self._rows["token_offset"][chunk])
-        )
-        why = "checksum differs" if found in (None, self.dtype) else f"stored as {found}, not {self.dtype}"
-        return (
-            f"{self.folder / name}: chunk {within} is damaged ({what}: {why}); "
-            f"restore the shard, or tokenize again; llm-dist data verify {self.folder} names all damage"
-        )
-
-    def _shard(self, shard: int) -> Integers:
-        """The whole tar as an array of tokens: one view serves all its chunks, their payloads being aligned."""
-        content = self._maps.get(shard)
-        return self._map(shard) if content is None else content
-
-    def _map(self, shard: int) -> Integers:
-        assert not self._closed, "read from a closed ShardSet"
-        entry = self.dataset["shards"][shard]
-        path = self.folder / entry["name"]
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise UserError(f"{path}: the shard is missing; restore it or tokenize again") from None
-        try:
-            content = np.frombuffer(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), self.dtype)
-        finally:
-            os.close(descriptor)
-        if content.nbytes != entry["bytes"]:
-            raise UserError(f"{path}: {content.nbytes} bytes instead of {entry['bytes']}; it changed while in use")
-        with self._lock:
-            # The oldest goes, not the least used: hits then need no lock.
-            while len(self._maps) >= MAX_OPEN_SHARDS:
-                del self._maps[next(iter(self._maps))]
-            return self._maps.setdefault(shard, content)
+        """Let go of files and threads; a second call does nothing. Arrays handed out stay valid."""
+        self._reader.close()

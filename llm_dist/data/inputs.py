@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -165,6 +166,14 @@ def _typed(name: str, path: Path) -> InputFile | None:
     if len(parts) < 2 or parts[-1] not in FORMATS or is_hidden:
         return None
     return InputFile(path, name, parts[-1], packing)
+
+
+def content_of(file: InputFile) -> dict[str, Any]:
+    """Name, size and sha256 of an input file as it lies on disk."""
+    assert file.path is not None, "standard input has been spooled"
+    with file.path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256")
+        return {"name": file.name, "bytes": stream.tell(), "sha256": sha256.hexdigest()}
 
 
 class BrokenFileError(UserError):

@@ -8,80 +8,55 @@ more than making it. Knows no model, no engine and no torch.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from llm_dist.data.index import ShardSet
-from llm_dist.data.order import Indices, Order, rank_rows
+from llm_dist.data.prefetch import Prefetcher
+from llm_dist.data.reading import Places, Reading
+from llm_dist.rows import Rows
 
 _ORDER_BLOCK_SEQUENCES = 1 << 15
 """Sequences whose places are computed in one call; the permutation is 100 times dearer in small calls."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of tokens as they stand in the stream; an objective makes inputs and labels of them."""
-
-    first_row: int
-    """Index of the first row in the step's global set."""
-    tokens: npt.NDArray[np.int64]
-    """[n, T + 1]: T inputs and the token after them."""
-    document_ids: npt.NDArray[np.int64] | None = None
-    """[n, T + 1], counted up in each row at every separator, which belongs to the document it opens; None: no mask."""
-
-
-def document_ids(shards: ShardSet, starts: Indices, count: int) -> npt.NDArray[np.int64]:
-    """For rows of `count` tokens from `starts` [n] on: how many documents have begun in the row up to each token."""
-    ids = shards.document_marks(starts, count)
-    return np.cumsum(ids, axis=1, out=ids)
+_FIRST_BLOCK_SEQUENCES = 1 << 10
+"""The first call is smaller, so that the first batch comes at once."""
+_READ_SEQUENCES = 64
+"""Fewer are not read in one call: a step of few rows is read with the steps after it."""
 
 
 class Loader:
     """One rank's rows of any step; `close` it, or use it as a context."""
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        order: Order,
-        sequences_per_step: int,
-        ranks: int,
-        rank: int,
-        *,
-        document_mask: bool,
-        workers: int,
-        first_step: int,
-    ) -> None:
-        """`workers` threads stay up to `workers` + 1 steps ahead, from `first_step` on; 0 prepares rows when asked."""
-        self._shards = shards
-        self._order = order
-        self._sequences_per_step = sequences_per_step
-        self._rows = rank_rows(sequences_per_step, ranks, rank)
-        self._document_mask = document_mask
-        self._block_steps = max(1, _ORDER_BLOCK_SEQUENCES // max(1, len(self._rows)))
-        self._block: tuple[int, Indices] | None = None
-        self._ahead_steps = workers + 1
-        self._prepared: dict[int, Future[Rows]] = {}
+    def __init__(self, reading: Reading, ranks: int, rank: int, *, workers: int, first_step: int) -> None:
+        """`workers` threads stay ahead, from `first_step` on; 0 prepares rows when asked."""
+        self._reading = reading
+        self._rows = reading.rank_rows(ranks, rank)
+        self._group_steps = max(1, _READ_SEQUENCES // max(1, len(self._rows)))
+        self._ahead_groups = workers + 1
+        self._block: tuple[range, Places] | None = None
+        self._group: tuple[int, Rows] | None = None
+        """The group last asked for, by its first step."""
+        self._coming: dict[int, Future[Rows]] = {}
+        """Groups that threads read or have read, by their first steps."""
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="data.loader") if workers else None
-        self._prefetch(first_step)
+        self._prefetcher = Prefetcher(reading, self._rows, first_step) if reading.is_remote else None
+        self._start(first_step)
 
     def rows(self, step: int) -> Rows:
         """The rank's rows of the step that follows `step` finished steps; the following ones are prepared meanwhile.
 
         Raises:
-            UserError: a chunk they lie in is damaged; an error of a background thread comes out here as it was.
+            UserError: a block they lie in is damaged; an error of a background thread comes out here as it was.
         """
-        if self._threads is None:
-            return self._read(step)
-        self._prefetch(step)
-        return self._prepared.pop(step).result()
+        if self._group is None or not 0 <= step - self._group[0] < self._group_steps:
+            self._group = None  # its memory is free for the next
+            self._group = self._take(step)
+        first, group = self._group
+        count = len(self._rows)
+        return group.part((step - first) * count, count, self._rows.start)
 
     def close(self) -> None:
         """Wait for the threads and forget what they prepared; a second call does nothing."""
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
-        self._prepared.clear()
+        self._coming.clear()
 
     def __enter__(self) -> Loader:
         return self
@@ -89,32 +64,42 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _prefetch(self, step: int) -> None:
+    def _take(self, step: int) -> tuple[int, Rows]:
+        """The group that holds `step`, and its first step; the groups behind it are begun."""
+        first = next((first for first in self._coming if 0 <= step - first < self._group_steps), step)
+        self._start(first)
         if self._threads is None:
-            return
-        wanted = range(step, step + self._ahead_steps)
-        for stale in [known for known in self._prepared if known not in wanted]:
-            self._prepared.pop(stale).cancel()
+            return first, self._read(first)
+        return first, self._coming.pop(first).result()
+
+    def _start(self, first: int) -> None:
+        """Let the threads read the group from `first` on and those behind it; forget all others."""
+        if self._threads is not None:
+            self._read_ahead(self._threads, first)
+        if self._prefetcher is not None:
+            self._prefetcher.advance(first)
+
+    def _read_ahead(self, threads: ThreadPoolExecutor, first: int) -> None:
+        wanted = range(first, first + self._ahead_groups * self._group_steps, self._group_steps)
+        for stale in [known for known in self._coming if known not in wanted]:
+            self._coming.pop(stale).cancel()
         for missing in wanted:
-            if missing not in self._prepared:
-                self._prepared[missing] = self._threads.submit(self._read, missing)
+            if missing not in self._coming:
+                self._coming[missing] = threads.submit(self._read, missing)
 
-    def _read(self, step: int) -> Rows:
-        starts = self._starts(step)
-        count = self._order.sequence_tokens + 1
-        tokens = np.empty((len(starts), count), np.int64)
-        self._shards.gather(starts, count, tokens)
-        ids = document_ids(self._shards, starts, count) if self._document_mask else None
-        return Rows(self._rows.start, tokens, ids)
+    def _read(self, first: int) -> Rows:
+        steps, places = self._places(first)
+        within = slice(first - steps.start, first - steps.start + self._group_steps)
+        sources, epochs, windows = places
+        return self._reading.read(sources[within].reshape(-1), epochs[within].reshape(-1), windows[within].reshape(-1))
 
-    def _starts(self, step: int) -> Indices:
-        """First tokens of the rank's rows, out of a block of steps whose order is computed together."""
-        number, within = divmod(step, self._block_steps)
+    def _places(self, first: int) -> tuple[range, Places]:
+        """Places of the rank's rows in a block of steps that is computed together and holds the group at `first`."""
         block = self._block
         # Threads may compute a block twice at its border, which costs time and changes nothing.
-        if block is None or block[0] != number:
-            steps = np.arange(number * self._block_steps, (number + 1) * self._block_steps, dtype=np.int64)
-            ids = steps[:, None] * self._sequences_per_step + np.arange(self._rows.start, self._rows.stop)
-            block = self._block = number, self._order.starts(ids.reshape(-1))[1].reshape(ids.shape)
-        starts: Indices = block[1][within]
-        return starts
+        if block is None or first not in block[0] or first + self._group_steps > block[0].stop:
+            sequences = _FIRST_BLOCK_SEQUENCES if block is None else _ORDER_BLOCK_SEQUENCES
+            groups = max(1, sequences // max(1, len(self._rows) * self._group_steps))
+            steps = range(first, first + groups * self._group_steps)
+            block = self._block = steps, self._reading.places(steps, self._rows)
+        return block

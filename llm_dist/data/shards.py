@@ -1,4 +1,4 @@
-"""Write token shards: plain USTAR WebDataset tars, an index beside each, dataset.json last.
+"""Write token shards: plain USTAR WebDataset tars, one index of them all, dataset.json last.
 
 The same documents give the same bytes: member headers carry no time and no owner. A file stands under its own name
 only when it is whole and durable, and a folder is a shard folder if and only if it has dataset.json. Knows ids and
@@ -13,6 +13,7 @@ import json
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -20,7 +21,17 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from llm_dist.data.folder import CONTINUES, DTYPES, FORMAT, INDEX_ROW, index_path
+from llm_dist.data.folder import (
+    BLOCK_TOKENS,
+    CHECKSUMS,
+    CONTINUES,
+    DATASET,
+    DTYPES,
+    FORMAT,
+    INDEX,
+    INDEX_ROW,
+    TOKENIZER,
+)
 
 CHUNK_TOKENS = 1 << 20
 """Fewer cost disk (framing), more cost the stock reader memory; 2-4 MB is also a good range request."""
@@ -65,7 +76,8 @@ class ShardWriter:
         self._shard_bytes = shard_bytes
         self._shard: _Shard | None = None
         self._shards: list[dict[str, Any]] = []
-        self._num_chunks = 0
+        self._rows: list[tuple[int, ...]] = []
+        self._checksums: list[int] = []
 
     def add(self, ids: npt.NDArray[np.integer[Any]], num_bytes: int) -> None:
         """Append a document, separator first: ids [n], which come from `num_bytes` bytes of UTF-8 text."""
@@ -87,10 +99,13 @@ class ShardWriter:
         self._flush()
         self._close_shard()
         assert self._shards, "a shard folder holds at least one document"
-        tokenizer = self._folder / "tokenizer"
+        tokenizer = self._folder / TOKENIZER
         tokenizer.mkdir()
         for path in tokenizer_files:
             publish(tokenizer / path.name, path.read_bytes())
+        index, checksums = _npy(np.array(self._rows, INDEX_ROW)), _npy(np.array(self._checksums, "<u4"))
+        publish(self._folder / INDEX, index)
+        publish(self._folder / CHECKSUMS, checksums)
         dataset = {
             "format": FORMAT,
             "dtype": self._dtype.name,
@@ -100,10 +115,12 @@ class ShardWriter:
             "fingerprint": dataset_fingerprint(
                 self._dtype.name, self._tokenizer, (shard["sha256"] for shard in self._shards)
             ),
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+            "checksums_sha256": hashlib.sha256(checksums).hexdigest(),
             "made_from": dict(made_from),
             "shards": self._shards,
         }
-        publish(self._folder / "dataset.json", (json.dumps(dataset, indent=1, sort_keys=True) + "\n").encode())
+        publish(self._folder / DATASET, (json.dumps(dataset, indent=1, sort_keys=True) + "\n").encode())
         return dataset
 
     def __enter__(self) -> Self:
@@ -120,8 +137,8 @@ class ShardWriter:
             return
         if self._shard is None:
             self._shard = _Shard(self._folder / f"shard-{len(self._shards):06d}.tar")
-        self._shard.append(f"{self._num_chunks:09d}", self._chunk, self._tokenizer)
-        self._num_chunks += 1
+        self._rows.append(self._shard.append(f"{len(self._rows):09d}", self._chunk, self._tokenizer))
+        self._checksums += self._chunk.checksums()
         self._chunk.clear()
         if self._shard.num_bytes >= self._shard_bytes:
             self._close_shard()
@@ -150,6 +167,11 @@ class _Chunk:
         """Tokens that still fit."""
         return len(self.tokens) - self.num_tokens
 
+    def checksums(self) -> list[int]:
+        """CRC-32 of each block of tokens."""
+        tokens = self.tokens[: self.num_tokens]
+        return [zlib.crc32(tokens[first : first + BLOCK_TOKENS].data) for first in range(0, len(tokens), BLOCK_TOKENS)]
+
     def add(self, ids: npt.NDArray[np.integer[Any]], num_bytes: int, *, continues: bool) -> None:
         end = self.num_tokens + len(ids)
         self.tokens[self.num_tokens : end] = ids
@@ -162,16 +184,17 @@ class _Chunk:
 
 
 class _Shard:
-    """One tar being written under its unfinished name, and the index rows that go with it."""
+    """One tar being written under its unfinished name."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.file: BinaryIO = path.with_name(path.name + _UNFINISHED).open("wb")
         self._sha256 = hashlib.sha256()
-        self._rows: list[tuple[int, ...]] = []
+        self._counts: Counter[str] = Counter()
         self.num_bytes = 0
 
-    def append(self, key: str, chunk: _Chunk, tokenizer: str) -> None:
+    def append(self, key: str, chunk: _Chunk, tokenizer: str) -> tuple[int, ...]:
+        """Write a chunk's members; return its row of the index."""
         tokens = chunk.tokens[: chunk.num_tokens]
         ends = np.array(chunk.ends, "<u4")
         about = {
@@ -187,29 +210,25 @@ class _Shard:
         docs_offset = self._member(f"{key}.docs.npy", _npy(ends)) - ends.nbytes
         self._member(f"{key}.json", json.dumps(about).encode())
         assert token_offset % 64 == docs_offset % 64 == 0, "memory maps of any dtype need aligned payloads"
-        checksums = zlib.crc32(tokens.data), zlib.crc32(ends.data)
-        row = (token_offset, len(tokens), docs_offset, chunk.num_bytes, len(ends), *checksums, chunk.flags)
-        self._rows.append(row)
+        continued = chunk.flags & CONTINUES
+        self._counts.update(
+            num_chunks=1, num_tokens=len(tokens), num_documents=len(ends) - continued, num_bytes=chunk.num_bytes
+        )
+        numbers = token_offset, docs_offset, chunk.num_bytes, len(tokens), len(ends)
+        return (*numbers, zlib.crc32(ends.data), chunk.flags)
 
     def close(self) -> dict[str, Any]:
-        """End the tar, publish it and its index; return the shard's entry in dataset.json."""
+        """End the tar and publish it; return the shard's entry in dataset.json."""
         self._write(bytes(2 * _BLOCK_BYTES))
         with self.file as file:
             _sync_file(file)
         Path(self.file.name).rename(self._path)
-        rows = np.array(self._rows, INDEX_ROW)
-        index = _npy(rows)
-        publish(index_path(self._path.parent, self._path.name), index)
-        num_continued = int((rows["flags"] & CONTINUES).sum())
+        sync_folder(self._path.parent)
         return {
             "name": self._path.name,
             "bytes": self.num_bytes,
             "sha256": self._sha256.hexdigest(),
-            "index_sha256": hashlib.sha256(index).hexdigest(),
-            "num_chunks": len(rows),
-            "num_tokens": int(rows["num_tokens"].sum()),
-            "num_documents": int(rows["num_documents"].sum()) - num_continued,
-            "num_bytes": int(rows["num_bytes"].sum()),
+            **self._counts,
         }
 
     def _member(self, name: str, payload: bytes) -> int:

@@ -128,11 +128,11 @@ def _top_folders(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
 def _document_lengths(shards: ShardSet) -> Iterator[Indices]:
     """Lengths of the documents, chunk by chunk; one that goes on over chunks counts once, where it ends."""
     unfinished = 0
-    for chunk in range(shards.num_chunks):
+    for chunk in range(len(shards.chunks)):
         ends = shards.document_ends(chunk).astype(np.int64)
         lengths = ends - np.concatenate([[0], ends[:-1]])
         lengths[0] += unfinished
-        goes_on = chunk + 1 < shards.num_chunks and shards.continues(chunk + 1)
+        goes_on = chunk + 1 < len(shards.chunks) and shards.chunks.continues(chunk + 1)
         unfinished = int(lengths[-1]) if goes_on else 0
         if len(finished := lengths[:-1] if goes_on else lengths):
             yield finished

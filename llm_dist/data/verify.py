@@ -18,11 +18,17 @@ import numpy.typing as npt
 
 from llm_dist import tokenizer
 from llm_dist.data.folder import (
+    BLOCK_TOKENS,
+    CHECKSUMS,
+    DATASET,
     DTYPES,
+    INDEX,
+    INDEX_ROW,
+    blocks_of,
     check_counts,
     check_tokenizer,
     index_mistake,
-    index_path,
+    read_checksums,
     read_dataset,
     read_index,
     stored_dtype,
@@ -30,6 +36,8 @@ from llm_dist.data.folder import (
 from llm_dist.data.index import Integers
 from llm_dist.data.shards import dataset_fingerprint
 from llm_dist.errors import UserError
+
+Checksums = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -53,14 +61,46 @@ def verify(folder: str | Path) -> list[Damage]:
     path = Path(folder)
     dataset = read_dataset(path)
     damages = list(_dataset_damages(path, dataset))
+    rows, checksums = _tables(path, dataset, damages)
+    first_chunk = first_block = 0
     for shard in dataset["shards"]:
-        damages.extend(_shard_damages(path, shard, dataset))
+        own = rows[first_chunk : first_chunk + shard["num_chunks"]]
+        num_blocks = int(blocks_of(own).sum())
+        damages.extend(_shard_damages(path, shard, own, checksums[first_block : first_block + num_blocks], dataset))
+        first_chunk, first_block = first_chunk + shard["num_chunks"], first_block + num_blocks
     return damages
+
+
+def _tables(folder: Path, dataset: dict[str, Any], damages: list[Damage]) -> tuple[np.ndarray, Checksums]:
+    """Index and checksums; empty where they are damaged, which is added to `damages`."""
+    rows, checksums = np.empty(0, INDEX_ROW), np.empty(0, np.uint32)
+    try:
+        rows = read_index(folder, dataset)
+    except UserError as error:
+        damages.append(Damage(INDEX, _without_path(error)))
+        damages.extend(_checksums_damages(folder, dataset["checksums_sha256"]))
+        return rows, checksums
+    if mistake := index_mistake(rows, dataset):
+        damages.append(Damage(INDEX, mistake))
+    try:
+        checksums = read_checksums(folder, dataset, rows)
+    except UserError as error:
+        damages.append(Damage(CHECKSUMS, _without_path(error)))
+    return rows, checksums
+
+
+def _checksums_damages(folder: Path, sha256: str) -> Iterator[Damage]:
+    """What can be said of the checksums where no index says how many there are."""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        yield Damage(CHECKSUMS, "missing")
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        yield Damage(CHECKSUMS, f"not the one {DATASET} names (sha256)")
 
 
 def _dataset_damages(folder: Path, dataset: dict[str, Any]) -> Iterator[Damage]:
     try:
-        check_counts(folder, dataset)
+        check_counts(str(folder), dataset)
     except UserError as error:
         yield Damage("dataset.json", _without_path(error))
     shas = [shard["sha256"] for shard in dataset["shards"]]
@@ -73,16 +113,10 @@ def _dataset_damages(folder: Path, dataset: dict[str, Any]) -> Iterator[Damage]:
         yield Damage("tokenizer", _without_path(error))
 
 
-def _shard_damages(folder: Path, shard: dict[str, Any], dataset: dict[str, Any]) -> Iterator[Damage]:
-    name, dtype = shard["name"], DTYPES[dataset["dtype"]]
-    rows: np.ndarray | None = None
-    try:
-        rows = read_index(folder, shard)
-        if mistake := index_mistake(rows, shard, dtype):
-            yield Damage(index_path(folder, name).name, mistake)
-    except UserError as error:
-        yield Damage(index_path(folder, name).name, _without_path(error))
-    path = folder / name
+def _shard_damages(
+    folder: Path, shard: dict[str, Any], rows: np.ndarray, checksums: Checksums, dataset: dict[str, Any]
+) -> Iterator[Damage]:
+    name, path = shard["name"], folder / shard["name"]
     if not path.is_file():
         yield Damage(name, "missing")
         return
@@ -91,31 +125,49 @@ def _shard_damages(folder: Path, shard: dict[str, Any], dataset: dict[str, Any])
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
             yield Damage(name, "sha256 differs")
-    if rows is not None:
-        content = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-        for number, row in enumerate(rows):
-            if what := _chunk_damage(content, row, dtype, dataset["vocabulary_tokens"]):
-                yield Damage(name, what, number)
+    content = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+    first_block = 0
+    for number, (row, num_blocks) in enumerate(zip(rows, blocks_of(rows).tolist(), strict=True)):
+        own = checksums[first_block : first_block + num_blocks]
+        for what in _chunk_damages(content, row, own, DTYPES[dataset["dtype"]], dataset["vocabulary_tokens"]):
+            yield Damage(name, what, number)
+        first_block += num_blocks
 
 
-def _chunk_damage(
-    shard: npt.NDArray[np.uint8], row: np.void, dtype: np.dtype[Any], vocabulary_tokens: int
-) -> str | None:
-    """What is wrong with a chunk; None when nothing is."""
+def _chunk_damages(
+    shard: npt.NDArray[np.uint8], row: np.void, checksums: Checksums, dtype: np.dtype[Any], vocabulary_tokens: int
+) -> Iterator[str]:
+    """What is wrong with a chunk; `checksums` [blocks] is empty where they are unknown."""
     tokens_offset, docs_offset = int(row["token_offset"]), int(row["docs_offset"])
     tokens_end = tokens_offset + int(row["num_tokens"]) * dtype.itemsize
     docs_end = docs_offset + int(row["num_documents"]) * 4
     if max(tokens_end, docs_end) > len(shard):
-        return "cut off"
+        yield "cut off"
+        return
     if (found := stored_dtype(shard, tokens_offset)) != dtype:
-        return f"stored as {found or 'something unreadable'}, dataset.json says {dtype.name}"
-    if zlib.crc32(shard[tokens_offset:tokens_end].data) != row["crc_tokens"]:
-        return "checksum of the tokens differs"
-    if zlib.crc32(shard[docs_offset:docs_end].data) != row["crc_docs"]:
-        return "checksum of the document ends differs"
+        yield f"stored as {found or 'something unreadable'}, dataset.json says {dtype.name}"
+        return
     tokens = np.frombuffer(shard[tokens_offset:tokens_end].data, dtype)
     ends = np.frombuffer(shard[docs_offset:docs_end].data, "<u4")
-    return _content_damage(tokens, ends, vocabulary_tokens)
+    damages = [f"checksum of tokens {first}-{last} differs" for first, last in _damaged_ranges(tokens, checksums)]
+    if zlib.crc32(ends.data) != row["crc_docs"]:
+        damages.append("checksum of the document ends differs")
+    # Of what a checksum already calls damaged it would only say so again.
+    if not damages and (what := _content_damage(tokens, ends, vocabulary_tokens)):
+        damages.append(what)
+    yield from damages
+
+
+def _damaged_ranges(tokens: Integers, checksums: Checksums) -> list[tuple[int, int]]:
+    """First and last token of each run of blocks whose checksums differ."""
+    ranges: list[tuple[int, int]] = []
+    for first, checksum in zip(range(0, len(tokens), BLOCK_TOKENS), checksums.tolist(), strict=False):
+        block = tokens[first : first + BLOCK_TOKENS]
+        if zlib.crc32(block.data) == checksum:
+            continue
+        begin = ranges.pop()[0] if ranges and ranges[-1][1] == first - 1 else first
+        ranges.append((begin, first + len(block) - 1))
+    return ranges
 
 
 def _content_damage(tokens: Integers, ends: Integers, vocabulary_tokens: int) -> str | None:

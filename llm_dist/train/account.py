@@ -6,7 +6,7 @@ Whatever can change the trajectory lies here and goes into the checkpoint; nothi
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -18,6 +18,8 @@ class Account:
     """Optimizer steps finished."""
     tokens: int = 0
     """Scored training tokens so far."""
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens of text read so far, by source."""
     best_loss_nats: float = math.inf
     """Best loss on the first held-out folder."""
     best_step: int | None = None

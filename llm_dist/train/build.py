@@ -12,9 +12,10 @@ from torch import Tensor
 from llm_dist import config, objectives
 from llm_dist.checkpoint import layout
 from llm_dist.checkpoint.store import read_parameters
-from llm_dist.data.index import ShardSet, open_shards
+from llm_dist.data import opening
+from llm_dist.data.index import ShardSet
 from llm_dist.data.loader import Loader
-from llm_dist.data.order import Order
+from llm_dist.data.reading import Reading
 from llm_dist.engine import select
 from llm_dist.engine.engine import Engine, FillParameter
 from llm_dist.errors import UserError
@@ -28,16 +29,21 @@ COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class DataFolders:
-    """The opened shard folders of a run."""
+    """The opened data of a run."""
 
-    train: ShardSet
+    reading: Reading
     holdouts: dict[str, ShardSet]
-    order: Order
+
+    @property
+    def any_shards(self) -> ShardSet:
+        """One of the sources: all have the same tokenizer."""
+        return self.reading.sources[0].shards
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What a run on this data belongs to, wherever the folders lie."""
-        return {"data": self.train.fingerprint, "tokenizer": self.train.tokenizer_fingerprint}
+        """Of the tokenizer, and `data.NAME` of each source: what a run belongs to, wherever the folders lie."""
+        sources = {f"data.{source.name}": source.shards.fingerprint for source in self.reading.sources}
+        return {"tokenizer": self.any_shards.tokenizer_fingerprint, **sources}
 
 
 @dataclass(frozen=True)
@@ -50,43 +56,30 @@ class Parts:
     objective: Objective
     engine: Engine
 
-    @property
-    def sequences_per_step(self) -> int:
-        """Rows of a step's global set."""
-        return self.run.batch.tokens_per_step // self.run.data.sequence_tokens
-
     def loader(self, first_step: int) -> Loader:
         """This rank's rows from a step on."""
-        return Loader(
-            self.data.train,
-            self.data.order,
-            sequences_per_step=self.sequences_per_step,
-            ranks=self.runtime.ranks,
-            rank=self.runtime.rank,
-            document_mask=self.run.data.document_mask,
-            workers=self.run.data.workers,
-            first_step=first_step,
-        )
+        here = self.runtime
+        return Loader(self.data.reading, here.ranks, here.rank, workers=self.run.data.workers, first_step=first_step)
 
     def close(self) -> None:
         """Release files and what the engine's vendor holds."""
         self.engine.close()
-        for shards in (self.data.train, *self.data.holdouts.values()):
+        self.data.reading.close()
+        for shards in self.data.holdouts.values():
             shards.close()
 
 
 def open_data(run: config.Config) -> DataFolders:
-    """Open and check every shard folder the run names."""
-    train = _open("data.train", run.data.train)
-    order = Order(train.num_tokens, run.data.sequence_tokens, run.run.seed)
-    return DataFolders(train, _open_holdouts(run, train), order)
+    """Open and check every source and held-out folder the run names."""
+    reading = opening.open_reading(run)
+    return DataFolders(reading, opening.open_holdouts(run, reading.sources[0].shards))
 
 
 def build(run: config.Config, runtime: Runtime, data: DataFolders, report: Callable[[str], None]) -> Parts:
     """Build the model and hand it to its engine; collective: all ranks call this."""
     objective = objectives.build(run.objective)
     with torch.device(select.CONSTRUCTION_DEVICE[run.engine.name]):
-        model = build_model(run, data.train.vocabulary_tokens)
+        model = build_model(run, data.any_shards.vocabulary_tokens)
     engine = select.build(Trainee(model, objective), _fill(run), run, runtime, report)
     return Parts(run, runtime, data, objective, engine)
 
@@ -94,32 +87,6 @@ def build(run: config.Config, runtime: Runtime, data: DataFolders, report: Calla
 def build_model(run: config.Config, vocabulary_tokens: int) -> Transformer:
     """The model of a run file, its parameters not yet initialised."""
     return Transformer(run.model, vocabulary_tokens, COMPUTE_DTYPE[run.engine.precision])
-
-
-def _open(key: str, folder: str) -> ShardSet:
-    try:
-        return open_shards(folder)
-    except UserError as error:
-        raise UserError(f"{key}={folder}: {error}") from None
-
-
-def _open_holdouts(run: config.Config, train: ShardSet) -> dict[str, ShardSet]:
-    """The held-out folders by the name of their curve; made with the training data's tokenizer."""
-    opened: dict[str, ShardSet] = {}
-    for folder in run.data.holdouts:
-        shards = _open("data.holdout", folder)
-        if shards.tokenizer_fingerprint != train.tokenizer_fingerprint:
-            raise UserError(
-                f"data.holdout={folder} was made with another tokenizer than data.train={run.data.train}; "
-                "tokenize both with the same one"
-            )
-        opened[_curve_name(folder, opened)] = shards
-    return opened
-
-
-def _curve_name(folder: str, taken: dict[str, ShardSet]) -> str:
-    path = Path(folder)
-    return path.name if path.name not in taken else f"{path.parent.name}_{path.name}"
 
 
 def _fill(run: config.Config) -> FillParameter:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_dist import config, runtime
+from llm_dist.checkpoint import layout
+from llm_dist.config_resume import check_resume
 from llm_dist.errors import ResumeRefused, UserError
 
 
@@ -57,8 +59,9 @@ class RunFolder:
             if run.optim.total_steps is None:
                 update = {"total_steps": before.optim.total_steps}
                 run = run.model_copy(update={"optim": run.optim.model_copy(update=update)})
-            config.check_resume(before, run, accepted)
-            self._check_data(run, data)
+            latest = layout.latest(self.checkpoints)
+            check_resume(before, run, accepted, latest.step if latest else 0)
+            self._check_data(data)
         elif self.path.is_dir() and any(entry.name != "logs" for entry in self.path.iterdir()):
             raise UserError(f"{self.path} exists and is not a run folder; choose another run.name or run.dir")
         run = run.frozen()
@@ -67,13 +70,13 @@ class RunFolder:
         write_atomically(self.config, run.to_json())
         return run
 
-    def _check_data(self, run: config.Config, data: Mapping[str, str]) -> None:
-        before = json.loads(self.source.read_text(encoding="utf-8"))["fingerprints"] if self.source.is_file() else data
-        for name, now in data.items():
-            if before[name] != now:
+    def _check_data(self, data: Mapping[str, str]) -> None:
+        """Every source the run began on is there; new ones may join."""
+        before = json.loads(self.source.read_text(encoding="utf-8"))["fingerprints"] if self.source.is_file() else {}
+        for name, then in before.items():
+            if data.get(name) != then:
                 raise ResumeRefused(
-                    f"data.train={run.data.train}: its {name} fingerprint is {now[:12]}, and the run began on "
-                    f"{before[name][:12]}; restore the folder or choose another run.name"
+                    f"{what_differs(name, data.get(name), then)}; restore it or choose another run.name"
                 )
 
     def begin_attempt(self, record: Mapping[str, Any], data: Mapping[str, str], tokenizer: Path) -> int:
@@ -100,6 +103,14 @@ class RunFolder:
 
     def _attempt_path(self, number: int) -> Path:
         return self.attempts / f"attempt_{number:04d}.json"
+
+
+def what_differs(name: str, now: str | None, before: str) -> str:
+    """In words: which fingerprint is another than the run's, `name` being `data.SOURCE` or `tokenizer`."""
+    what = f"source {name.removeprefix('data.')} of data.train" if name.startswith("data.") else "the tokenizer"
+    if now is None:
+        return f"{what} is missing, but the run read it"
+    return f"{what} has fingerprint {now[:12]}, but the run's had {before[:12]}"
 
 
 def write_atomically(path: Path, text: str) -> None:

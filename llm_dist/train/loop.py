@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from llm_dist import optim
 from llm_dist.batch import Batch
-from llm_dist.data.loader import Loader
 from llm_dist.errors import Exit
 from llm_dist.plan import num_micro_batches, rows_per_micro_batch
+from llm_dist.rows import Rows
 from llm_dist.train.session import Session
 
 
@@ -23,8 +23,9 @@ def train(session: Session) -> Exit:
     try:
         while account.step < run.run.steps and not session.is_out_of_patience:
             with watch.phase("data"):
-                micro_batches = _micro_batches(session, loader)
-                valid_tokens, must_stop = session.agree(sum(batch.num_valid() for batch in micro_batches))
+                rows = loader.rows(account.step)
+                micro_batches = _micro_batches(session, rows)
+                valid_tokens, must_stop = session.agree(sum(batch.num_valid() for batch in micro_batches), rows)
             if must_stop:
                 return session.leave()
             with watch.phase("step"):
@@ -44,18 +45,13 @@ def train(session: Session) -> Exit:
         loader.close()
 
 
-def _micro_batches(session: Session, loader: Loader) -> list[Batch]:
-    """This rank's rows of the next step, cut into equally many micro-batches of equal shape on every rank."""
+def _micro_batches(session: Session, rows: Rows) -> list[Batch]:
+    """This rank's rows of a step, cut into equally many micro-batches of equal shape on every rank."""
     run, parts = session.run, session.parts
-    dealing = (parts.sequences_per_step, parts.runtime.ranks, run.batch.sequences_per_micro_batch)
+    dealing = (run.sequences_per_step, parts.runtime.ranks, run.batch.sequences_per_micro_batch)
     count, size = num_micro_batches(*dealing), rows_per_micro_batch(*dealing)
-    rows = loader.rows(session.account.step)
     return [
-        parts.objective.make_batch(
-            rows.tokens[first : first + size],
-            None if rows.document_ids is None else rows.document_ids[first : first + size],
-            size,
-        )
+        parts.objective.make_batch(rows.part(first, size, rows.first_row + first), size)
         for first in range(0, count * size, size)
     ]
 

@@ -11,6 +11,7 @@ from llm_dist.errors import ResumeRefused
 from llm_dist.runtime import Runtime
 from llm_dist.train.account import Account
 from llm_dist.train.build import Parts
+from llm_dist.train.folder import what_differs
 
 
 def restore(parts: Parts, store: Store, runtime: Runtime, say: Callable[[str], None]) -> Account:
@@ -58,9 +59,13 @@ def _try(parts: Parts, store: Store, runtime: Runtime, found: Found) -> tuple[Ma
 
 
 def _check_same_run(parts: Parts, manifest: Manifest) -> None:
-    for name, now in parts.data.fingerprints.items():
-        if (before := manifest.fingerprints.get(name)) != now:
+    """Every source the checkpoint was trained on is there; new ones may have joined."""
+    now = parts.data.fingerprints
+    for name, before in manifest.fingerprints.items():
+        if not name.startswith("data.") and name != "tokenizer":
+            continue
+        if now.get(name) != before:
             raise ResumeRefused(
-                f"data.train={parts.run.data.train}: its {name} fingerprint is {now[:12]}, but the run's checkpoint at "
-                f"step {manifest.step} was trained on {str(before)[:12]}; restore the folder or choose another run.name"
+                f"{what_differs(name, now.get(name), before)} at step {manifest.step}; restore it or choose another "
+                "run.name"
             )

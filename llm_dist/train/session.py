@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import resource
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from llm_dist import config
@@ -16,6 +18,7 @@ from llm_dist.engine.engine import StepResult
 from llm_dist.errors import Exit, UserError
 from llm_dist.evaluate import Evaluation, evaluate
 from llm_dist.metrics import Metrics
+from llm_dist.rows import Rows
 from llm_dist.runtime import code_fingerprint
 from llm_dist.train.account import Account
 from llm_dist.train.build import Parts
@@ -44,6 +47,8 @@ class Session:
     """What the last step of this attempt reported."""
     valid_tokens: int = 0
     """Scored tokens of that step, over all ranks."""
+    source_tokens: list[int] = field(default_factory=list)
+    """Tokens of text that the step agreed on last reads of each source, over all ranks."""
 
     @property
     def run(self) -> config.Config:
@@ -56,17 +61,26 @@ class Session:
         patience = self.run.eval.patience
         return patience is not None and self.account.evaluations_without_improvement >= patience
 
-    def agree(self, own_valid_tokens: int) -> tuple[int, bool]:
+    def agree(self, own_valid_tokens: int, rows: Rows) -> tuple[int, bool]:
         """The step's valid tokens over all ranks, and whether any rank was asked to stop; collective."""
-        votes = torch.tensor([own_valid_tokens, int(self.stop.is_raised)], dtype=torch.int64)
-        valid_tokens, num_stopping = self.parts.runtime.sum(votes).tolist()
+        own = torch.tensor([own_valid_tokens, int(self.stop.is_raised), *self._tokens_by_source(rows)])
+        valid_tokens, num_stopping, *self.source_tokens = self.parts.runtime.sum(own).tolist()
         return valid_tokens, num_stopping > 0
+
+    def _tokens_by_source(self, rows: Rows) -> list[int]:
+        num_sources = len(self.parts.data.reading.sources)
+        sources = rows.sources if rows.sources is not None else np.zeros(rows.num_rows, np.int64)
+        tokens: list[int] = np.bincount(sources, rows.scored_tokens(), num_sources).astype(np.int64).tolist()
+        return tokens
 
     def finish_step(self, result: StepResult, valid_tokens: int) -> None:
         """Count a finished step."""
         self.result, self.valid_tokens = result, valid_tokens
         self.account.step += 1
         self.account.tokens += valid_tokens
+        for source, tokens in zip(self.parts.data.reading.sources, self.source_tokens, strict=True):
+            read = self.account.source_tokens
+            read[source.name] = read.get(source.name, 0) + tokens
         self.watch.step = self.account.step
         self.progress.count(valid_tokens)
         self.acknowledge()
@@ -81,8 +95,21 @@ class Session:
         numbers = self.progress.numbers(self.watch.take())
         if self.metrics is not None:
             record = {"loss_nats": loss, "lr": lr, "grad_norm": grad_norm, "tokens": self.account.tokens}
+            record |= self._sources()
             self.metrics.write(self.account.step, {**record, **numbers, "memory_bytes": _peak_memory_bytes()})
         self.progress.show(self.account.step, loss)
+
+    def _sources(self) -> dict[str, Any]:
+        """Tokens and epochs read of each source, where there are several."""
+        if len(self.parts.data.reading.sources) == 1:
+            return {}
+        epochs = self.parts.data.reading.epochs(self.account.step)
+        return {
+            "sources": {
+                name: {"tokens": tokens, "epochs": round(epochs[name], 6)}
+                for name, tokens in self.account.source_tokens.items()
+            }
+        }
 
     def _finite_numbers(self) -> tuple[float, float]:
         """Loss and gradient norm of the step just finished; collective."""

@@ -49,7 +49,7 @@ def start(source: str, overrides: Sequence[str] = (), accepted: Sequence[str] = 
 def _train(run: config.Config, here: Runtime, stop: StopFlag, accepted: Sequence[str]) -> Exit:
     folder = RunFolder(run.run.folder)
     data = _on_all(here, lambda: build.open_data(run))
-    prints, tokenizer = data.fingerprints, data.train.tokenizer_folder
+    prints, tokenizer = data.fingerprints, data.any_shards.tokenizer_folder
     run = config.parse(_on_first(here, lambda: folder.open(run, prints, accepted).model_dump(by_alias=True)))
     record = {"ranks": here.ranks, "engine": run.engine.model_dump(), "accepted": list(accepted)}
     attempt = _on_first(here, lambda: folder.begin_attempt(record, prints, tokenizer))
@@ -99,7 +99,7 @@ def _on_all(here: Runtime, action: Callable[[], T]) -> T:
 
 
 def _progress(parts: Parts, here: Runtime) -> Progress:
-    run, vocabulary = parts.run, parts.data.train.vocabulary_tokens
+    run, vocabulary = parts.run, parts.data.any_shards.vocabulary_tokens
     rows = run.batch.sequences_per_micro_batch * run.data.sequence_tokens
     own = matmul_flops_per_second(here.device, build.COMPUTE_DTYPE[run.engine.precision], rows, run.model.d_model)
     of_all_ranks = float(here.sum(torch.tensor(own, dtype=torch.float64)))

@@ -49,15 +49,17 @@ def corpus(tmp_path: Path) -> Path:
 def stored(folder: Path) -> list[list[int]]:
     """Documents as they are stored, read by the format's text alone."""
     documents: list[list[int]] = []
-    for index in sorted(folder.glob("*.idx.npy")):
-        content = index.with_name(index.name.replace(".idx.npy", ".tar")).read_bytes()
-        for row in np.load(index):
+    rows = iter(np.load(folder / "index.npy"))
+    for shard in json.loads((folder / "dataset.json").read_text())["shards"]:
+        content = (folder / shard["name"]).read_bytes()
+        for row in itertools.islice(rows, shard["num_chunks"]):
             tokens = np.frombuffer(content, "<u2", row["num_tokens"], row["token_offset"])
             ends = np.frombuffer(content, "<u4", row["num_documents"], row["docs_offset"])
             pieces = [piece.tolist() for piece in np.split(tokens, ends[:-1])]
             if row["flags"] & CONTINUES:
                 documents[-1] += pieces.pop(0)
             documents += pieces
+    assert next(rows, None) is None
     return documents
 
 

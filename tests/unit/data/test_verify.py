@@ -1,12 +1,13 @@
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llm_dist.data.folder import INDEX_ROW
+from llm_dist.data.folder import BLOCK_TOKENS, INDEX_ROW
 from llm_dist.data.verify import Damage, verify
 from llm_dist.errors import UserError
 from tests.unit.data.tiny_shards import write_shards
@@ -31,9 +32,10 @@ def flip(path: Path, offset: int) -> None:
 
 
 def row(folder: Path, shard: int, chunk: int) -> np.void:
-    rows: np.ndarray = np.load(folder / f"shard-{shard:06d}.idx.npy")
+    rows: np.ndarray = np.load(folder / "index.npy")
     assert rows.dtype == INDEX_ROW
-    return rows[chunk]
+    shards = json.loads((folder / "dataset.json").read_text())["shards"]
+    return rows[sum(each["num_chunks"] for each in shards[:shard]) + chunk]
 
 
 def test_a_whole_folder_has_no_damage(folder: Path) -> None:
@@ -44,13 +46,72 @@ def test_all_damage_is_named_at_once(folder: Path) -> None:
     flip(folder / "shard-000000.tar", int(row(folder, 0, 1)["token_offset"]))
     flip(folder / "shard-000001.tar", int(row(folder, 1, 0)["docs_offset"]))
     (folder / "shard-000002.tar").unlink()
-    (folder / "shard-000001.idx.npy").rename(folder / "shard-000001.idx.bak")
+    last = int(row(folder, 0, 1)["num_tokens"]) - 1
     assert verify(folder) == [
         Damage("shard-000000.tar", "sha256 differs"),
-        Damage("shard-000000.tar", "checksum of the tokens differs", 1),
-        Damage("shard-000001.idx.npy", "the index is missing"),
+        Damage("shard-000000.tar", f"checksum of tokens 0-{last} differs", 1),
         Damage("shard-000001.tar", "sha256 differs"),
+        Damage("shard-000001.tar", "checksum of the document ends differs", 0),
         Damage("shard-000002.tar", "missing"),
+    ]
+
+
+EXCHANGES = [("index.npy", "spare"), ("checksums.npy", "index.npy"), ("spare", "checksums.npy")]
+OTHER = "not the one dataset.json names (sha256)"
+TABLES = {
+    "index gone": (lambda f: (f / "index.npy").unlink(), [Damage("index.npy", "missing")]),
+    "index flipped": (lambda f: flip(f / "index.npy", 150), [Damage("index.npy", OTHER)]),
+    "checksums gone": (lambda f: (f / "checksums.npy").unlink(), [Damage("checksums.npy", "missing")]),
+    "checksums flipped": (lambda f: flip(f / "checksums.npy", 130), [Damage("checksums.npy", OTHER)]),
+    "both gone": (
+        lambda f: [(f / name).unlink() for name in ("index.npy", "checksums.npy")],
+        [Damage("index.npy", "missing"), Damage("checksums.npy", "missing")],
+    ),
+    "both exchanged": (
+        lambda f: [(f / one).rename(f / other) for one, other in EXCHANGES],
+        [Damage("index.npy", OTHER), Damage("checksums.npy", OTHER)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_damaged_tables_are_named_beside_damaged_shards(folder: Path, name: str) -> None:
+    damage, expected = TABLES[name]
+    damage(folder)
+    assert verify(folder) == expected
+    with (folder / "shard-000001.tar").open("ab") as file:
+        file.write(b"x")
+    size = (folder / "shard-000001.tar").stat().st_size
+    assert verify(folder) == [
+        *expected,
+        Damage("shard-000001.tar", f"too long: {size} of {size - 1} bytes"),
+        Damage("shard-000001.tar", "sha256 differs"),
+    ]
+
+
+def test_without_checksums_the_document_ends_are_still_proved(folder: Path) -> None:
+    (folder / "checksums.npy").unlink()
+    flip(folder / "shard-000001.tar", int(row(folder, 1, 0)["docs_offset"]))
+    assert Damage("shard-000001.tar", "checksum of the document ends differs", 0) in verify(folder)
+
+
+def test_damage_names_the_range_of_tokens(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    folder, block = tmp_path / "large", BLOCK_TOKENS
+    texts = [np.random.default_rng(n).integers(8, 280, n).tolist() for n in (9, 6 * block, 2 * block + 3)]
+    write_shards(folder, texts, tiny_tokenizer, chunk_tokens=7 * block, vocabulary_tokens=280)
+    assert verify(folder) == []
+    rows = np.load(folder / "index.npy")
+    assert rows["num_tokens"].tolist() == [6 * block + 11, 2 * block + 4]
+    for chunk, token in ((0, 5), (0, 2 * block), (0, 3 * block + 1), (0, 6 * block), (1, block), (1, 2 * block + 3)):
+        flip(folder / "shard-000000.tar", int(rows["token_offset"][chunk]) + 2 * token)
+    flip(folder / "shard-000000.tar", int(rows["docs_offset"][1]))
+    assert verify(folder) == [
+        Damage("shard-000000.tar", "sha256 differs"),
+        Damage("shard-000000.tar", f"checksum of tokens 0-{block - 1} differs", 0),
+        Damage("shard-000000.tar", f"checksum of tokens {2 * block}-{4 * block - 1} differs", 0),
+        Damage("shard-000000.tar", f"checksum of tokens {6 * block}-{6 * block + 10} differs", 0),
+        Damage("shard-000000.tar", f"checksum of tokens {block}-{2 * block + 3} differs", 1),
+        Damage("shard-000000.tar", "checksum of the document ends differs", 1),
     ]
 
 
@@ -110,10 +171,8 @@ def test_a_changed_tokenizer(folder: Path) -> None:
 
 def rewrite_ends(folder: Path, ends: Callable[[np.ndarray], np.ndarray]) -> None:
     """Document ends that are wrong under right checksums: what a faulty writer would leave."""
-    import zlib
-
     path = folder / "shard-000000.tar"
-    rows = np.load(folder / "shard-000000.idx.npy")
+    rows = np.load(folder / "index.npy")
     content = bytearray(path.read_bytes())
     first = int(rows[0]["docs_offset"])
     stored = np.frombuffer(content, "<u4", int(rows[0]["num_documents"]), first).copy()
@@ -121,11 +180,10 @@ def rewrite_ends(folder: Path, ends: Callable[[np.ndarray], np.ndarray]) -> None
     content[first : first + wrong.nbytes] = wrong.tobytes()
     rows["crc_docs"][0] = zlib.crc32(wrong.tobytes())
     path.write_bytes(content)
-    np.save(folder / "shard-000000.idx.npy", rows)
+    np.save(folder / "index.npy", rows)
     dataset = json.loads((folder / "dataset.json").read_text())
     dataset["shards"][0]["sha256"] = hashlib.sha256(content).hexdigest()
-    index = (folder / "shard-000000.idx.npy").read_bytes()
-    dataset["shards"][0]["index_sha256"] = hashlib.sha256(index).hexdigest()
+    dataset["index_sha256"] = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
     (folder / "dataset.json").write_text(json.dumps(dataset))
 
 

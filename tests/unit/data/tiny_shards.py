@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_dist.data.folder import CONTINUES, INDEX_ROW
+from llm_dist.data.folder import BLOCK_TOKENS, CONTINUES, INDEX_ROW
 
 SEPARATOR = 0
 
@@ -55,17 +55,22 @@ def write_shards(
     flush()
     folder.mkdir(parents=True, exist_ok=True)
     groups = [chunks[first : first + chunks_per_shard] for first in range(0, len(chunks), chunks_per_shard)]
-    shards = [_write_shard(folder, number, group) for number, group in enumerate(groups)]
+    rows: list[np.ndarray] = []
+    shards = [_write_shard(folder, number, group, rows) for number, group in enumerate(groups)]
+    tables = {"index": _npy(np.concatenate(rows)), "checksums": _npy(_block_checksums(chunks))}
+    for name, content in tables.items():
+        (folder / f"{name}.npy").write_bytes(content)
     fingerprint = json.loads((tokenizer_folder / "llm_dist_tokenizer.json").read_text())["fingerprint"]
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     identity = "\n".join([dtype, fingerprint, *(str(shard["sha256"]) for shard in shards)])
     dataset = {
-        "format": 1,
+        "format": 2,
         "dtype": dtype,
         "tokenizer": fingerprint,
         "vocabulary_tokens": vocabulary_tokens,
         **{key: sum(shard[key] for shard in shards) for key in ("num_tokens", "num_documents", "num_bytes")},
         "fingerprint": hashlib.sha256(identity.encode()).hexdigest(),
+        **{f"{name}_sha256": hashlib.sha256(content).hexdigest() for name, content in tables.items()},
         "made_from": {},
         "shards": shards,
     }
@@ -73,7 +78,16 @@ def write_shards(
     return np.array([token for document in documents for token in (SEPARATOR, *document)], np.int64)
 
 
-def _write_shard(folder: Path, number: int, chunks: list[tuple[np.ndarray, list[int], int]]) -> dict[str, object]:
+def _block_checksums(chunks: list[tuple[np.ndarray, list[int], int]]) -> np.ndarray:
+    blocks = [
+        tokens[first : first + BLOCK_TOKENS] for tokens, *_ in chunks for first in range(0, len(tokens), BLOCK_TOKENS)
+    ]
+    return np.array([zlib.crc32(block) for block in blocks], "<u4")
+
+
+def _write_shard(
+    folder: Path, number: int, chunks: list[tuple[np.ndarray, list[int], int]], all_rows: list[np.ndarray]
+) -> dict[str, object]:
     rows = np.zeros(len(chunks), INDEX_ROW)
     name = f"shard-{number:06d}.tar"
     with (folder / name).open("wb") as file:
@@ -85,16 +99,14 @@ def _write_shard(folder: Path, number: int, chunks: list[tuple[np.ndarray, list[
             _member(file, f"{key}.json", b"{}")
             row["num_tokens"], row["num_documents"], row["flags"] = len(tokens), len(docs), flags
             row["num_bytes"] = 3 * len(tokens)
-            row["crc_tokens"], row["crc_docs"] = zlib.crc32(tokens), zlib.crc32(docs)
+            row["crc_docs"] = zlib.crc32(docs)
         file.write(bytes(1024))
     content = (folder / name).read_bytes()
-    index = _npy(rows)
-    (folder / name.replace(".tar", ".idx.npy")).write_bytes(index)
+    all_rows.append(rows)
     return {
         "name": name,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
-        "index_sha256": hashlib.sha256(index).hexdigest(),
         "num_chunks": len(rows),
         "num_tokens": int(rows["num_tokens"].sum()),
         "num_documents": int(rows["num_documents"].sum()) - int((rows["flags"] & CONTINUES).sum()),
