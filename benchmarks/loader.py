@@ -1,81 +1,79 @@
-"""Rows of tokens per CPU second, against a permuted gather from a bare numpy memmap: the limit of random access."""
+"""The loader beside the other loaders, each at its best: tokens per CPU second, first batch, resume, memory.
+
+Every reading is a process of its own, and the readers take turns: what the machine does meanwhile meets all alike. The
+peers are measured where `make peers` has installed them; those that are missing are named.
+"""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm_dist import tokenizer, tokenizer_training
-from llm_dist.data.index import open_shards
-from llm_dist.data.loader import Loader
-from llm_dist.data.order import Order
-from llm_dist.data.shards import ShardWriter
+from benchmarks.peers import run
+from benchmarks.peers.worker import PEERS
 
-NUM_TOKENS, SEQUENCE, ROWS, STEPS, ROUNDS = 24_000_000, 2048, 16, 400, 7
-DOCUMENT_TOKENS = 600
+NUM_TOKENS, ROUNDS = 100_000_000, 5
+MEAN_TOKENS, SIGMA = 600, 1.2
+"""Of documents, whose lengths are log-normal: half of them are shorter than half of the mean."""
+PEERS_PYTHON = Path(".venv-peers/bin/python")
+LIMIT = "memmap"
 
 
 def measure() -> list[dict[str, Any]]:
-    """One row per way of reading; ratios are of medians of interleaved rounds of CPU time."""
-    folder = Path(tempfile.mkdtemp(prefix="loader-"))
-    _write(folder / "shards")
-    shards = open_shards(folder / "shards")
-    order = Order(shards.num_tokens, SEQUENCE, seed=0)
-    flat = np.memmap(folder / "flat.bin", np.uint16, "w+", shape=(shards.num_tokens,))
-    flat[:] = shards.tokens(0, shards.num_tokens)
-    ways: dict[str, Callable[[], None]] = {
-        "memmap, permuted": lambda: _memmap(flat),
-        "loader": lambda: _loader(shards, order, document_mask=False),
-        "loader, document mask": lambda: _loader(shards, order, document_mask=True),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    """One row per reader; the ratio is of medians of CPU time against a permuted numpy.memmap."""
+    with tempfile.TemporaryDirectory(prefix="loader-") as folder:
+        return _measure(Path(folder))
+
+
+def _measure(folder: Path) -> list[dict[str, Any]]:
+    _write(folder / "source")
+    pythons = _pythons()
+    if missing := PEERS.keys() - pythons.keys():
+        print(f"  not installed: {', '.join(sorted(missing))}; `make peers` brings them")
+    batches = min(
+        run.prepare(python, peer, folder / "source", folder / peer)["rows"] // 16 for peer, python in pythons.items()
+    )
+    found: dict[str, list[dict[str, Any]]] = {peer: [] for peer in pythons}
     for _ in range(ROUNDS):
-        for name, read in ways.items():
-            began = time.process_time()
-            read()
-            seconds[name].append(time.process_time() - began)
-    limit = statistics.median(seconds["memmap, permuted"])
-    tokens = STEPS * ROWS * SEQUENCE
+        for peer, python in pythons.items():
+            found[peer].append(run.read(python, peer, folder / peer, batches))
+    limit = _median(found[LIMIT], "cpu_seconds")
     return [
         {
-            "way": name,
-            "Mtokens/CPU s": tokens / statistics.median(taken) / 1e6,
-            "ratio": limit / statistics.median(taken),
+            "reader": peer,
+            "Mtokens/CPU s": rounds[0]["tokens"] / _median(rounds, "cpu_seconds") / 1e6,
+            "ratio": limit / _median(rounds, "cpu_seconds"),
+            "lowest": limit / max(each["cpu_seconds"] for each in rounds),
+            "highest": limit / min(each["cpu_seconds"] for each in rounds),
+            "first batch, s": _median(rounds, "open_seconds"),
+            "resume half-way, s": _median(rounds, "resume_seconds"),
+            "memory, MB": max(each["peak_anon_mb"] - each["imports_anon_mb"] for each in rounds),
         }
-        for name, taken in seconds.items()
+        for peer, rounds in found.items()
     ]
 
 
+def _pythons() -> dict[str, Path]:
+    """Which interpreter runs each reader: ours where it can, else the peers' own."""
+    here = Path(sys.executable)
+    return {peer: python for python in (PEERS_PYTHON, here) for peer in run.peers(python)}
+
+
 def _write(folder: Path) -> None:
-    """Made-up documents of one length, in shards that carry a real (small) tokenizer."""
-    words = (f"word{number} " * 3 for number in range(5000))
-    tokenizer_training.train(words, "byte-bpe", 300, folder.parent / "tokenizer")
-    made = tokenizer.load(folder.parent / "tokenizer")
+    """Tokens with documents of all lengths."""
+    folder.mkdir()
     random = np.random.default_rng(0)
-    with ShardWriter(folder, made.vocabulary_tokens, made.fingerprint) as writer:
-        for _ in range(NUM_TOKENS // DOCUMENT_TOKENS):
-            ids = random.integers(8, made.vocabulary_tokens, DOCUMENT_TOKENS)
-            ids[0] = made.separator_id
-            writer.add(ids, 4 * DOCUMENT_TOKENS)
-        writer.close([made.folder / name for name in tokenizer.FILES], {})
+    mean_of_logs = np.log(MEAN_TOKENS) - SIGMA**2 / 2
+    lengths = np.maximum(1, random.lognormal(mean_of_logs, SIGMA, NUM_TOKENS // MEAN_TOKENS)).astype(np.uint64)
+    ends = np.cumsum(lengths)
+    np.save(folder / "ends.npy", ends)
+    random.integers(8, 1 << 16, int(ends[-1]), np.uint16).tofile(folder / "tokens.bin")
 
 
-def _memmap(flat: np.ndarray) -> None:
-    starts = np.random.default_rng(0).permutation(len(flat) // SEQUENCE - 1)[: STEPS * ROWS] * SEQUENCE
-    for step in range(STEPS):
-        out = np.empty((ROWS, SEQUENCE + 1), np.int64)
-        for row, start in enumerate(starts[step * ROWS : (step + 1) * ROWS]):
-            out[row] = flat[start : start + SEQUENCE + 1]
-
-
-def _loader(shards: Any, order: Order, document_mask: bool) -> None:
-    loader = Loader(shards, order, ROWS, 1, 0, document_mask=document_mask, workers=0, first_step=0)
-    for step in range(STEPS):
-        loader.rows(step)
-    loader.close()
+def _median(rounds: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(each[name] for each in rounds)

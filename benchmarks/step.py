@@ -23,6 +23,7 @@ from llm_dist.model.size import flops_per_token
 from llm_dist.model.transformer import Transformer
 from llm_dist.objectives import Trainee
 from llm_dist.probe import matmul_flops_per_second
+from llm_dist.rows import Rows
 from llm_dist.runtime import Runtime
 
 VOCABULARY = 32_000
@@ -95,7 +96,8 @@ def _case(name: str, run: config.Config, here: Runtime) -> Case:
     )
     rows = run.batch.sequences_per_micro_batch
     tokens = np.random.default_rng(0).integers(8, VOCABULARY, (rows, run.data.sequence_tokens + 1))
-    return Case(name, run, engine, objective.make_batch(tokens, None, rows).to(here.device), [])
+    batch = objective.make_batch(Rows(tokens[:, :-1], tokens[:, 1:]), rows)
+    return Case(name, run, engine, batch.to(here.device), [])
 
 
 def _stepped(cases: list[Case], rounds: int) -> list[Case]:

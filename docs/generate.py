@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from llm_dist.config import Config, Section
+from llm_dist.config import Config, Section, Segment
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -40,8 +40,9 @@ core to 70 billion parameters. `config.json` shows what a run really uses, defau
 | from now | allowed when named, `--accept section.key`; holds from the current step on |
 | free | changes no trajectory; may differ at every start |
 
-`data.train` is free because the folder may move: what it holds may not change. Its fingerprint and its tokenizer's are
-compared with those the run began on, and a difference is refused. Engine, ranks and micro-batch are free because the
+`data.train` is free because folders may move: what they hold may not change. Each source's fingerprint and the
+tokenizer's are compared with those the run began on, and a difference is refused. `data.mixture` may be changed from the
+current step on only ([data](data.md#what-a-run-reads)). Engine, ranks and micro-batch are free because the
 mathematics is the same; a run continues bit for bit only where they stay the same ([engines](engines.md)).
 
 Beyond the bounds of single keys, three rules: `batch.tokens_per_step` is a multiple of `data.sequence_tokens`;
@@ -83,6 +84,10 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(each) for each in arguments if each is not type(None))
     if origin is list:
         return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return f"table of {_type(arguments[1])} by name"
+    if annotation is Segment:
+        return f"`{{{', '.join(Segment.model_fields)}}}`"
     return {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
 
 

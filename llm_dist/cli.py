@@ -95,7 +95,9 @@ def tokenize(
 
 
 @data_app.command("inspect", epilog=_examples("llm-dist data inspect shards/train"))
-def data_inspect(folder: Path, as_json: Json = False) -> None:
+def data_inspect(
+    folder: Annotated[str, typer.Argument(help="Shard folder, or URL of one.")], as_json: Json = False
+) -> None:
     """Show what a shard folder holds."""
 
     def work() -> Any:
@@ -107,7 +109,9 @@ def data_inspect(folder: Path, as_json: Json = False) -> None:
 
 
 @data_app.command("verify", epilog=_examples("llm-dist data verify shards/train"))
-def data_verify(folder: Path, as_json: Json = False) -> None:
+def data_verify(
+    folder: Annotated[Path, typer.Argument(help="Shard folder on this machine.")], as_json: Json = False
+) -> None:
     """Recompute every checksum and count; name each damaged shard; exit code 1 when there is one."""
 
     def work() -> int:

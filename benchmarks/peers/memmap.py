@@ -1,4 +1,4 @@
-"""A permuted gather from one flat numpy memmap: the way of nanoGPT and Megatron, and the limit of random access."""
+"""A permuted gather from one flat numpy.memmap: the way of nanoGPT and Megatron."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ def prepare(tokens: np.memmap, ends: np.ndarray, folder: Path, width: int) -> in
 
 
 def batches(folder: Path, rows: int, width: int, skip: int) -> Iterator[np.ndarray]:
+    return gather(np.memmap(folder / "tokens.bin", np.uint16, "r"), rows, width, skip)
+
+
+def gather(flat: np.ndarray, rows: int, width: int, skip: int) -> Iterator[np.ndarray]:
     """Rows overlap by one token, so that every token but the first is once a target."""
-    flat = np.memmap(folder / "tokens.bin", np.uint16, "r")
     starts = np.random.default_rng(0).permutation(_windows(len(flat), width)) * (width - 1)
     for first in range(skip * rows, len(starts) - rows + 1, rows):
         out = np.empty((rows, width), np.int64)

@@ -5,13 +5,12 @@ Pure arithmetic over the index; about 100 bytes per chunk of a million tokens. R
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_dist.data.folder import BLOCK_TOKENS, CONTINUES, DTYPES, blocks_of
+from llm_dist.data.folder import BLOCK_TOKENS, CONTINUES, DTYPES, blocks_of, checksum
 from llm_dist.errors import UserError
 
 Integers = npt.NDArray[np.integer[Any]]
@@ -21,7 +20,7 @@ class Chunks:
     """The chunks of one shard folder, numbered over all its shards."""
 
     def __init__(
-        self, shown: str, dataset: dict[str, Any], rows: np.ndarray, checksums: npt.NDArray[np.uint32]
+        self, shown: str, dataset: dict[str, Any], rows: np.ndarray, checksums: npt.NDArray[np.uint64]
     ) -> None:
         """`shown` names the folder in messages; `rows` is the index and `checksums` has one number per block."""
         self.shown = shown
@@ -68,11 +67,11 @@ class Chunks:
 
     def block_is_whole(self, chunk: int, block: int, tokens: memoryview | bytes) -> bool:
         """Whether the bytes of a block have its checksum."""
-        return bool(zlib.crc32(tokens) == self.checksums[int(self.first_block[chunk]) + block])
+        return bool(checksum(tokens) == self.checksums[int(self.first_block[chunk]) + block])
 
     def ends_are_whole(self, chunk: int, ends: memoryview | bytes) -> bool:
         """Whether the bytes of a chunk's document ends have their checksum."""
-        return bool(zlib.crc32(ends) == self.rows["crc_docs"][chunk])
+        return bool(checksum(ends) == self.rows["docs_checksum"][chunk])
 
     def damage(self, chunk: int, what: str, why: str) -> UserError:
         """The mistake to raise where a chunk is not as it was written."""

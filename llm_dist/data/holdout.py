@@ -70,7 +70,7 @@ class HoldoutWindows:
         self._shards.gather(starts, width, tokens)
         ids = self._shards.document_ids(starts, self.sequence_tokens) if self.document_mask else None
         for row in np.flatnonzero(num_scored < self.sequence_tokens).tolist():
-            # Past the last scored target the circle goes on with the stream's start, which is another window's to score.
+            # Past the last scored target the circle goes on with the stream's start: another window's to score.
             end = int(num_scored[row])
             tokens[row, end + 1 :] = tokens[row, end]
             if ids is not None:

@@ -47,8 +47,8 @@ class TokenReader(Protocol):
     def piece(self, chunk: int, first: int, count: int) -> Integers:
         """`count` tokens of a chunk from its token `first` on; read-only."""
 
-    def pieces(self, chunks: Integers, firsts: Integers, count: int) -> list[Integers]:
-        """`piece` for many places [n] at once."""
+    def gather(self, chunks: Integers, firsts: Integers, count: int, out: Integers, rows: Integers) -> None:
+        """Copy `count` tokens from token `firsts` [n] of `chunks` [n] on, each inside its chunk, to `rows` [n] of `out`."""
 
     def ends(self, chunk: int) -> npt.NDArray[np.uint32]:
         """Cumulative document ends inside a chunk; read-only."""
@@ -146,13 +146,13 @@ class ShardSet:
             return
         chunks, firsts = self.chunks.locate(starts % self.num_tokens)
         crosses = firsts + count > self.chunks.num_tokens[chunks]
-        if not crosses.any():
-            pieces = self._reader.pieces(chunks, firsts, count)
-        else:
-            inside = iter(self._reader.pieces(chunks[~crosses], firsts[~crosses], count))
-            each = zip(starts.tolist(), crosses.tolist(), strict=True)
-            pieces = [self.tokens(start, count) if is_across else next(inside) for start, is_across in each]
-        np.concatenate(pieces, out=out.reshape(-1), casting="unsafe")
+        rows = np.flatnonzero(~crosses)
+        if len(rows) == len(chunks):
+            self._reader.gather(chunks, firsts, count, out, rows)
+            return
+        self._reader.gather(chunks[rows], firsts[rows], count, out, rows)
+        for row in np.flatnonzero(crosses).tolist():
+            out[row] = self.tokens(int(starts[row]), count)
 
     def prefetch(self, start: int, count: int) -> None:
         """Say that `count` tokens from `start` on, circular, will be asked for soon."""

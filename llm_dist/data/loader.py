@@ -13,8 +13,8 @@ from llm_dist.data.prefetch import Prefetcher
 from llm_dist.data.reading import Places, Reading
 from llm_dist.rows import Rows
 
-_ORDER_BLOCK_SEQUENCES = 1 << 15
-"""Sequences whose places are computed in one call; the permutation is 100 times dearer in small calls."""
+_ORDER_BLOCK_SEQUENCES = 1 << 13
+"""Sequences whose places are computed in one call; the permutation is 50 times dearer in small calls."""
 _FIRST_BLOCK_SEQUENCES = 1 << 10
 """The first call is smaller, so that the first batch comes at once."""
 _READ_SEQUENCES = 64

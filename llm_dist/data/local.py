@@ -19,6 +19,10 @@ from llm_dist.errors import UserError
 
 MAX_OPEN_SHARDS = 256
 """A map holds a file descriptor; the usual limit is 1024 for the whole process."""
+_ROWS_WORTH_A_WINDOW = 4
+"""Of one shard: fewer are copied one by one."""
+_ROWS_AT_ONCE = 16
+"""What is gathered stands between its shard and its rows for a moment; more would be new memory every time."""
 _ENDS_KEPT = 2048
 """Proved document ends that are found without looking: views of the maps, of which none must outlive many others."""
 
@@ -47,24 +51,42 @@ class LocalTokens:
         element = int(self._chunks.first_element[chunk]) + first
         return self._shard(int(self._chunks.shard_of[chunk]))[element : element + count]
 
-    def pieces(self, chunks: Integers, firsts: Integers, count: int) -> list[Integers]:
-        """`piece` for many places [n] at once.
+    def gather(self, chunks: Integers, firsts: Integers, count: int, out: Integers, rows: Integers) -> None:
+        """Copy `count` tokens from token `firsts` [n] of `chunks` [n] on, each inside its chunk, to `rows` [n] of `out`.
 
         Raises:
             UserError: a block among them is damaged.
         """
-        known = self._chunks
-        blocks, is_proved = known.first_block[chunks], self._is_proved
-        if (
-            count > BLOCK_TOKENS
-            or not is_proved[blocks + firsts // BLOCK_TOKENS].all()
-            or not is_proved[blocks + (firsts + count - 1) // BLOCK_TOKENS].all()
-        ):
-            for chunk, first in zip(chunks.tolist(), firsts.tolist(), strict=True):
-                self._prove(chunk, first, count)
-        shards, elements = known.shard_of[chunks].tolist(), (firsts + known.first_element[chunks]).tolist()
-        maps = {shard: self._shard(shard) for shard in set(shards)}
-        return [maps[shard][first : first + count] for shard, first in zip(shards, elements, strict=True)]
+        self._prove_all(chunks, firsts, count)
+        shards, elements = self._chunks.shard_of[chunks], firsts + self._chunks.first_element[chunks]
+        found = set(shards.tolist())
+        if len(found) * _ROWS_WORTH_A_WINDOW > len(chunks):
+            maps = {shard: self._shard(shard) for shard in found}
+            for row, shard, first in zip(rows.tolist(), shards.tolist(), elements.tolist(), strict=True):
+                out[row] = maps[shard][first : first + count]
+            return
+        for shard in found:
+            own = np.flatnonzero(shards == shard) if len(found) > 1 else np.arange(len(shards))
+            windows = self._windows(shard, count)
+            for first in range(0, len(own), _ROWS_AT_ONCE):
+                some = own[first : first + _ROWS_AT_ONCE]
+                out[rows[some]] = windows[elements[some]]
+
+    def _prove_all(self, chunks: Integers, firsts: Integers, count: int) -> None:
+        blocks = self._chunks.first_block[chunks]
+        first_proved, last_proved = (
+            self._is_proved[blocks + tokens // BLOCK_TOKENS] for tokens in (firsts, firsts + count - 1)
+        )
+        are_proved = first_proved & last_proved if count <= BLOCK_TOKENS else np.zeros(len(chunks), np.bool_)
+        if not are_proved.all():
+            for place in np.flatnonzero(~are_proved).tolist():
+                self._prove(int(chunks[place]), int(firsts[place]), count)
+
+    def _windows(self, shard: int, count: int) -> Integers:
+        """Every run of `count` tokens of a shard: rows of it are gathered in one call, without a loop in Python."""
+        content = self._shard(shard)
+        shape, strides = (len(content) - count + 1, count), 2 * content.strides
+        return np.ndarray(shape, content.dtype, content, 0, strides)
 
     def ends(self, chunk: int) -> npt.NDArray[np.uint32]:
         """Cumulative document ends inside a chunk; read-only.

@@ -45,24 +45,35 @@ class Mixture:
         self._bounds = [_bounds(self.names, segment) for segment in segments]
         self._before = [[0] * len(self.names)]
         for number, until in enumerate(self._from_steps[1:]):
-            self._before.append(self._counts_in(number, until))
+            self._before.append(self._counts_in(number, until, until + 1)[0].tolist())
 
     def counts(self, step: int) -> list[int]:
         """Sequences that each source has given when `step` steps are finished."""
-        number = bisect_right(self._from_steps, step) - 1
-        return self._counts_in(number, step)
+        counts: list[int] = self.counts_after(range(step, step))[0].tolist()
+        return counts
 
     def counts_after(self, steps: range) -> npt.NDArray[np.int64]:
         """`counts` before the first of `steps` and after each: [steps + 1, sources]."""
-        counts = [self.counts(step) for step in range(steps.start, steps.stop + 1)]
-        return np.array(counts, np.int64)
+        counts = np.empty((len(steps) + 1, len(self.names)), np.int64)
+        first = steps.start
+        while first <= steps.stop:
+            number = bisect_right(self._from_steps, first) - 1
+            end = min([steps.stop + 1, *self._from_steps[number + 1 : number + 2]])
+            counts[first - steps.start : end - steps.start] = self._counts_in(number, first, end)
+            first = end
+        return counts
 
-    def _counts_in(self, number: int, step: int) -> list[int]:
-        num_sequences = (step - self._from_steps[number]) * self.sequences_per_step
-        counts, floor = [], 0
-        for before, (share, whole) in zip(self._before[number], self._bounds[number], strict=True):
-            last, floor = floor, share * num_sequences // whole
-            counts.append(before + floor - last)
+    def _counts_in(self, number: int, first: int, end: int) -> npt.NDArray[np.int64]:
+        """Counts when `first` to `end` - 1 steps are finished, by the arithmetic of one segment."""
+        num_sequences = (np.arange(first, end) - self._from_steps[number]) * self.sequences_per_step
+        counts = np.empty((end - first, len(self.names)), np.int64)
+        floor = np.zeros(end - first, np.int64)
+        for place, (before, (share, whole)) in enumerate(zip(self._before[number], self._bounds[number], strict=True)):
+            # Python's integers where 64 bits are too few for the product.
+            fits = share * int(num_sequences[-1]) < 1 << 63
+            exact_sequences = num_sequences if fits else num_sequences.astype(object)
+            last, floor = floor, (share * exact_sequences // whole).astype(np.int64)
+            counts[:, place] = before + floor - last
         return counts
 
 

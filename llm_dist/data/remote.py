@@ -107,15 +107,18 @@ class RemoteTokens:
         self._await([(chunk, _blocks(first, count))])
         return self._cached(chunk, first, count)
 
-    def pieces(self, chunks: Integers, firsts: Integers, count: int) -> list[Integers]:
-        """`piece` for many places [n] at once, whose blocks are fetched side by side.
+    def gather(self, chunks: Integers, firsts: Integers, count: int, out: Integers, rows: Integers) -> None:
+        """Copy `count` tokens from token `firsts` [n] of `chunks` [n] on, each inside its chunk, to `rows` [n] of `out`.
+
+        Their blocks are fetched side by side.
 
         Raises:
             UserError: they cannot be fetched, or are damaged at their source.
         """
         places = list(zip(chunks.tolist(), firsts.tolist(), strict=True))
         self._await((chunk, _blocks(first, count)) for chunk, first in places)
-        return [self._cached(chunk, first, count) for chunk, first in places]
+        for row, (chunk, first) in zip(rows.tolist(), places, strict=True):
+            out[row] = self._cached(chunk, first, count)
 
     def prefetch(self, spans: list[tuple[int, int, int]]) -> None:
         """Begin to fetch what will be asked for: (chunk, first, count) each."""

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from llm_dist.data.folder import (
     INDEX,
     INDEX_ROW,
     TOKENIZER,
+    checksum,
 )
 
 CHUNK_TOKENS = 1 << 20
@@ -103,7 +103,7 @@ class ShardWriter:
         tokenizer.mkdir()
         for path in tokenizer_files:
             publish(tokenizer / path.name, path.read_bytes())
-        index, checksums = _npy(np.array(self._rows, INDEX_ROW)), _npy(np.array(self._checksums, "<u4"))
+        index, checksums = _npy(np.array(self._rows, INDEX_ROW)), _npy(np.array(self._checksums, "<u8"))
         publish(self._folder / INDEX, index)
         publish(self._folder / CHECKSUMS, checksums)
         dataset = {
@@ -168,9 +168,9 @@ class _Chunk:
         return len(self.tokens) - self.num_tokens
 
     def checksums(self) -> list[int]:
-        """CRC-32 of each block of tokens."""
+        """Checksum of each block of tokens."""
         tokens = self.tokens[: self.num_tokens]
-        return [zlib.crc32(tokens[first : first + BLOCK_TOKENS].data) for first in range(0, len(tokens), BLOCK_TOKENS)]
+        return [checksum(tokens[first : first + BLOCK_TOKENS].data) for first in range(0, len(tokens), BLOCK_TOKENS)]
 
     def add(self, ids: npt.NDArray[np.integer[Any]], num_bytes: int, *, continues: bool) -> None:
         end = self.num_tokens + len(ids)
@@ -214,8 +214,8 @@ class _Shard:
         self._counts.update(
             num_chunks=1, num_tokens=len(tokens), num_documents=len(ends) - continued, num_bytes=chunk.num_bytes
         )
-        numbers = token_offset, docs_offset, chunk.num_bytes, len(tokens), len(ends)
-        return (*numbers, zlib.crc32(ends.data), chunk.flags)
+        offsets = token_offset, docs_offset
+        return (*offsets, chunk.num_bytes, checksum(ends.data), len(tokens), len(ends), chunk.flags)
 
     def close(self) -> dict[str, Any]:
         """End the tar and publish it; return the shard's entry in dataset.json."""

@@ -7,7 +7,6 @@ Knows no order and no torch.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_dist import tokenizer
+from llm_dist.data.chunks import Integers
 from llm_dist.data.folder import (
     BLOCK_TOKENS,
     CHECKSUMS,
@@ -27,17 +27,17 @@ from llm_dist.data.folder import (
     blocks_of,
     check_counts,
     check_tokenizer,
+    checksum,
     index_mistake,
     read_checksums,
     read_dataset,
     read_index,
     stored_dtype,
 )
-from llm_dist.data.index import Integers
 from llm_dist.data.shards import dataset_fingerprint
 from llm_dist.errors import UserError
 
-Checksums = npt.NDArray[np.uint32]
+Checksums = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def verify(folder: str | Path) -> list[Damage]:
 
 def _tables(folder: Path, dataset: dict[str, Any], damages: list[Damage]) -> tuple[np.ndarray, Checksums]:
     """Index and checksums; empty where they are damaged, which is added to `damages`."""
-    rows, checksums = np.empty(0, INDEX_ROW), np.empty(0, np.uint32)
+    rows, checksums = np.empty(0, INDEX_ROW), np.empty(0, np.uint64)
     try:
         rows = read_index(folder, dataset)
     except UserError as error:
@@ -150,7 +150,7 @@ def _chunk_damages(
     tokens = np.frombuffer(shard[tokens_offset:tokens_end].data, dtype)
     ends = np.frombuffer(shard[docs_offset:docs_end].data, "<u4")
     damages = [f"checksum of tokens {first}-{last} differs" for first, last in _damaged_ranges(tokens, checksums)]
-    if zlib.crc32(ends.data) != row["crc_docs"]:
+    if checksum(ends.data) != row["docs_checksum"]:
         damages.append("checksum of the document ends differs")
     # Of what a checksum already calls damaged it would only say so again.
     if not damages and (what := _content_damage(tokens, ends, vocabulary_tokens)):
@@ -161,9 +161,9 @@ def _chunk_damages(
 def _damaged_ranges(tokens: Integers, checksums: Checksums) -> list[tuple[int, int]]:
     """First and last token of each run of blocks whose checksums differ."""
     ranges: list[tuple[int, int]] = []
-    for first, checksum in zip(range(0, len(tokens), BLOCK_TOKENS), checksums.tolist(), strict=False):
+    for first, expected in zip(range(0, len(tokens), BLOCK_TOKENS), checksums.tolist(), strict=False):
         block = tokens[first : first + BLOCK_TOKENS]
-        if zlib.crc32(block.data) == checksum:
+        if checksum(block.data) == expected:
             continue
         begin = ranges.pop()[0] if ranges and ranges[-1][1] == first - 1 else first
         ranges.append((begin, first + len(block) - 1))

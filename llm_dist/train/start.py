@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -48,7 +49,9 @@ def start(source: str, overrides: Sequence[str] = (), accepted: Sequence[str] = 
 
 def _train(run: config.Config, here: Runtime, stop: StopFlag, accepted: Sequence[str]) -> Exit:
     folder = RunFolder(run.run.folder)
-    data = _on_all(here, lambda: build.open_data(run))
+    # Rank 0 alone first: it may make shards of raw text or plan bins, which the others then find.
+    first = _alone(here, lambda: build.open_data(run))
+    data = _on_all(here, first if here.is_first else lambda: build.open_data(run))
     prints, tokenizer = data.fingerprints, data.any_shards.tokenizer_folder
     run = config.parse(_on_first(here, lambda: folder.open(run, prints, accepted).model_dump(by_alias=True)))
     record = {"ranks": here.ranks, "engine": run.engine.model_dump(), "accepted": list(accepted)}
@@ -77,6 +80,19 @@ def _train(run: config.Config, here: Runtime, stop: StopFlag, accepted: Sequence
         return loop.train(session)
     finally:
         session.close()
+
+
+def _alone(here: Runtime, action: Callable[[], T]) -> Callable[[], T]:
+    """Run `action` on rank 0 while the others wait, for however long; gives its result, or raises its mistake.
+
+    Collective. Waiting is a vote a second: a single collective as long as the work would time out.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(action) if here.is_first else None
+        while here.any(done is not None and not done.done()):
+            if done is not None:
+                wait([done], timeout=1.0)
+    return action if done is None else done.result
 
 
 def _on_first(here: Runtime, action: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ from launcher import capacity
 from llm_dist import config, plan
 from llm_dist.engine.engine import Engine
 from llm_dist.objectives import build
+from llm_dist.rows import Rows
 from llm_dist.runtime import Runtime
 from tests.dist import training
 from tests.dist.ranks import Ranks
@@ -52,10 +53,9 @@ def batches(run: config.Config, here: Runtime) -> tuple[list[training.Batch], in
     """Micro-batches of this rank, and the scored positions of all ranks."""
     rows, tokens = plan.make_rows(run, here.ranks), run.data.sequence_tokens
     random, objective = np.random.default_rng(here.rank), build(run.objective)
+    shape = rows.rows_per_micro_batch, tokens
     made = [
-        objective.make_batch(
-            random.integers(0, VOCABULARY, (rows.rows_per_micro_batch, tokens + 1)), None, rows.rows_per_micro_batch
-        )
+        objective.make_batch(Rows(*(random.integers(0, VOCABULARY, shape) for _ in range(2))), shape[0])
         for _ in range(rows.num_micro_batches)
     ]
     return made, rows.sequences_per_step * tokens

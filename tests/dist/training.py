@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from llm_dist import config, optim
-from llm_dist.batch import NOT_SCORED, Batch
+from llm_dist.batch import Batch
 from llm_dist.data.order import rank_rows
 from llm_dist.engine import select
 from llm_dist.engine.engine import Engine
@@ -18,6 +18,7 @@ from llm_dist.model.init import initial_value
 from llm_dist.model.transformer import Transformer
 from llm_dist.objectives import Trainee, build
 from llm_dist.plan import num_micro_batches, rows_per_micro_batch
+from llm_dist.rows import Rows
 from llm_dist.runtime import Runtime
 
 VOCABULARY = 101
@@ -89,15 +90,14 @@ def micro_batches(run: config.Config, here: Runtime, step: int) -> tuple[list[Ba
     tokens = (walk % VOCABULARY).astype(np.int64)
     documents = np.cumsum(random.random((rows, SEQUENCE + 1)) < 0.1, axis=1).astype(np.int64)
     scored = random.integers(1, SEQUENCE + 1, rows)
+    ids = documents[:, :-1] if run.data.document_mask else None
+    whole = Rows(tokens[:, :-1], tokens[:, 1:], scored, ids)
     objective, own = build(run.objective), rank_rows(rows, here.ranks, here.rank)
-    batches = []
-    for index in range(count):
-        chosen = own[index * size : (index + 1) * size]
-        cut = slice(chosen.start, chosen.stop)
-        batch = objective.make_batch(tokens[cut], documents[cut] if run.data.document_mask else None, size)
-        for position, row in enumerate(chosen):
-            batch.labels[position, scored[row] :] = NOT_SCORED
-        batches.append(batch.to(here.device))
+    own_rows = whole.part(own.start, len(own), own.start)
+    batches = [
+        objective.make_batch(own_rows.part(first, size, own.start + first), size).to(here.device)
+        for first in range(0, count * size, size)
+    ]
     return batches, int(scored.sum())
 
 

@@ -1,4 +1,4 @@
-"""The run file: reading, overriding, refusing, and what may change on resume."""
+"""The run file: reading, overriding and refusing."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_dist import config
-from llm_dist.errors import ResumeRefused, UserError
+from llm_dist.errors import UserError
 
 SMALLEST = """
 [run]
@@ -65,6 +65,7 @@ def test_defaults_are_resolved(path):
         ('data.holdout=["a", "b"]', ["a", "b"]),
         ("batch.tokens_per_step=1_024", 1024),
         ("run.name=2024-01-01x", "2024-01-01x"),
+        ('data.train={a="x", b="s3://y"}', {"a": "x", "b": "s3://y"}),
     ],
 )
 def test_overrides_are_toml_values_or_plain_text(path, override, value):
@@ -152,21 +153,57 @@ def test_every_key_has_a_rule_and_a_help():
             assert field.description, name
 
 
-def test_what_may_change_on_resume(path):
-    before = config.load(path).frozen()
+def test_sources_are_a_folder_or_a_table_of_them(path):
+    assert config.load(path).data.sources == {"train": "shards"}
+    assert changed(path, 'data.train={web="w", code="c"}').data.sources == {"web": "w", "code": "c"}
 
-    def check(*overrides, accepted=()):
-        return config.check_resume(before, changed(path, "optim.total_steps=10", *overrides), accepted)
 
-    assert check("run.steps=99", "engine.name=fsdp", "log.every_steps=1", "data.train=moved") == []
-    assert check("optim.lr=1", "optim.eps=1", accepted=["optim.lr", "optim.eps"]) == ["optim.lr", "optim.eps"]
-    with pytest.raises(ResumeRefused) as caught:
-        check("model.layers=2", "optim.lr=1", "run.seed=1", accepted=["model.layers"])
-    assert str(caught.value).splitlines() == [
-        "run.seed was 0 and is now 1: that is another run; choose another run.name",
-        "model.layers was 1 and is now 2: that is another run; choose another run.name",
-        "optim.lr was 0.0003 and is now 1.0; add --accept optim.lr to change it from here on",
+def segments(*starts_and_weights):
+    """`data.mixture` as an override."""
+    tables = ", ".join(f"{{from_step={first}, weights={weights}}}" for first, weights in starts_and_weights)
+    return f"data.mixture=[{tables}]"
+
+
+SOURCES = 'data.train={web="w", code="c"}'
+
+
+def test_a_mixture_is_weights_by_source_from_a_step_on(path):
+    run = changed(path, SOURCES, segments((0, "{web=3, code=0.1}"), (70, "{code=1}")))
+    assert [(each.from_step, each.weights) for each in run.data.mixture] == [
+        (0, {"web": 3.0, "code": 0.1}),
+        (70, {"code": 1.0}),
     ]
+    assert changed(path, segments((0, "{train=1}"))).data.mixture[0].weights == {"train": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.train={}"], "data.train names no source; give a folder, or a table of folders by name"),
+        (['data.train={""="x"}'], "data.train names no source; "),
+        ([SOURCES, segments((1, "{web=1}"))], "data.mixture: from_step must begin at 0 and rise from segment to segment"),
+        ([SOURCES, segments((0, "{web=1}"), (9, "{web=2}"), (5, "{code=1}"))], "found [0, 9, 5]"),
+        ([SOURCES, segments((0, "{web=1}"), (5, "{web=2}"), (5, "{code=1}"))], "found [0, 5, 5]"),
+        (
+            [SOURCES, segments((0, "{web=1}"), (5, "{wiki=1, book=2}"))],
+            "data.mixture[1] weighs book, wiki, which data.train does not name; it names web, code",
+        ),
+        ([segments((0, "{web=1}"))], "data.mixture[0] weighs web, which data.train does not name; it names train"),
+        *(
+            ([SOURCES, segments((0, "{web=1}"), (5, weights))], "data.mixture[1].weights must be at least 0, finite, and ")
+            for weights in ("{web=-1, code=2}", "{web=inf}", "{web=nan, code=1}", "{web=0, code=0.0}")
+        ),
+        ([SOURCES, segments((-1, "{web=1}"))], "data.mixture.0.from_step=-1: input should be greater than or equal to 0"),
+        ([SOURCES, segments((0, "{}"))], "data.mixture.0.weights={}: dictionary should have at least 1 item"),
+        ([SOURCES, segments((0, '{web="much"}'))], "data.mixture.0.weights.web='much': input should be a valid number"),
+        ([SOURCES, "data.mixture=[{from_step=0}]"], "data.mixture.0.weights is missing"),
+        ([SOURCES, "data.mixture=[{from_step=0, weights={web=1}, until=3}]"], "data.mixture.0.until is not a key"),
+    ],
+)
+def test_each_rule_of_mixtures_is_one_line(path, overrides, words):
+    (line,) = mistakes(path, *overrides)
+    assert line.startswith(f"{path}: ")
+    assert words in line
 
 
 def test_longer_runs_keep_the_schedule_they_froze(path):

@@ -15,6 +15,7 @@ FILES = sorted(FOLDER.glob("*.toml"))
 EXPECTED = {  # file: ranks and GPU its head comment names, millions of parameters
     "demo": (2, "4090", 8),
     "30m": (1, "4090", 25),
+    "30m-mixture": (1, "4090", 25),
     "125m": (1, "H100", 126),
     "gpt2-124m": (8, "A100-80", 124),
     "1b": (8, "H100", 1382),

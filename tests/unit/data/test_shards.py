@@ -8,7 +8,6 @@ import os
 import subprocess
 import tarfile
 import warnings
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from llm_dist.data.folder import BLOCK_TOKENS, CONTINUES
 from llm_dist.data.shards import CHUNK_TOKENS, ShardWriter, dataset_fingerprint, dtype_name
@@ -92,9 +92,9 @@ def test_the_index_says_where_everything_lies(tmp_path: Path, lengths: list[int]
             assert row["token_offset"] % 64 == 0
             assert np.frombuffer(content, "<u2", row["num_tokens"], row["token_offset"]).tolist() == tokens.tolist()
             assert np.frombuffer(content, "<u4", row["num_documents"], row["docs_offset"]).tolist() == ends.tolist()
-            assert row["crc_docs"] == zlib.crc32(ends)
+            assert row["docs_checksum"] == xxh3_64_intdigest(ends)
             for first in range(0, len(tokens), BLOCK_TOKENS):
-                assert next(checksums) == zlib.crc32(tokens[first : first + BLOCK_TOKENS])
+                assert next(checksums) == xxh3_64_intdigest(tokens[first : first + BLOCK_TOKENS])
     assert next(found, None) is next(rows, None) is next(checksums, None) is None
 
 
@@ -102,7 +102,7 @@ def read_table(folder: Path, name: str, dataset: dict[str, Any]) -> np.ndarray:
     content = (folder / f"{name}.npy").read_bytes()
     assert hashlib.sha256(content).hexdigest() == dataset[f"{name}_sha256"]
     table: np.ndarray = np.load(io.BytesIO(content))
-    assert (table.ndim, table.dtype.itemsize) == (1, {"index": 40, "checksums": 4}[name])
+    assert (table.ndim, table.dtype.itemsize) == (1, {"index": 44, "checksums": 8}[name])
     return table
 
 

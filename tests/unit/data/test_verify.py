@@ -1,11 +1,11 @@
 import hashlib
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from llm_dist.data.folder import BLOCK_TOKENS, INDEX_ROW
 from llm_dist.data.verify import Damage, verify
@@ -178,7 +178,7 @@ def rewrite_ends(folder: Path, ends: Callable[[np.ndarray], np.ndarray]) -> None
     stored = np.frombuffer(content, "<u4", int(rows[0]["num_documents"]), first).copy()
     wrong = ends(stored).astype("<u4")
     content[first : first + wrong.nbytes] = wrong.tobytes()
-    rows["crc_docs"][0] = zlib.crc32(wrong.tobytes())
+    rows["docs_checksum"][0] = xxh3_64_intdigest(wrong.tobytes())
     path.write_bytes(content)
     np.save(folder / "index.npy", rows)
     dataset = json.loads((folder / "dataset.json").read_text())

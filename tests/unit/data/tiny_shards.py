@@ -7,11 +7,11 @@ import io
 import json
 import shutil
 import tarfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from llm_dist.data.folder import BLOCK_TOKENS, CONTINUES, INDEX_ROW
 
@@ -82,7 +82,7 @@ def _block_checksums(chunks: list[tuple[np.ndarray, list[int], int]]) -> np.ndar
     blocks = [
         tokens[first : first + BLOCK_TOKENS] for tokens, *_ in chunks for first in range(0, len(tokens), BLOCK_TOKENS)
     ]
-    return np.array([zlib.crc32(block) for block in blocks], "<u4")
+    return np.array([xxh3_64_intdigest(block) for block in blocks], "<u8")
 
 
 def _write_shard(
@@ -99,7 +99,7 @@ def _write_shard(
             _member(file, f"{key}.json", b"{}")
             row["num_tokens"], row["num_documents"], row["flags"] = len(tokens), len(docs), flags
             row["num_bytes"] = 3 * len(tokens)
-            row["crc_docs"] = zlib.crc32(docs)
+            row["docs_checksum"] = xxh3_64_intdigest(docs)
         file.write(bytes(1024))
     content = (folder / name).read_bytes()
     all_rows.append(rows)

@@ -15,6 +15,7 @@ import pytest
 from launcher import capacity, ports, submission
 from launcher.attempts import latest_complete_step
 from launcher.local import Job, supervise
+from launcher.planning import DataSize, data_size
 from launcher.ranks import rank_environment
 from llm_dist import config, plan
 from llm_dist.errors import Exit, UserError
@@ -249,15 +250,20 @@ def test_hidden_gpus_do_not_count(monkeypatch):
     assert capacity.num_cuda_devices() == 0
 
 
+def write_dataset(folder, **changes):
+    """As much of a shard folder as planning reads."""
+    folder.mkdir()
+    dataset = {"format": 2, "dtype": "uint16", "tokenizer": "t", "vocabulary_tokens": 1000, "num_tokens": 10**6}
+    dataset |= {"num_documents": 1, "num_bytes": 1, "fingerprint": "f", "shards": []}
+    dataset |= {"index_sha256": "i", "checksums_sha256": "c", **changes}
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+
+
 @pytest.fixture
 def run_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(submission.capacity, "num_cuda_devices", lambda: 0)
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    dataset = {"format": 1, "dtype": "uint16", "tokenizer": "t", "vocabulary_tokens": 1000, "num_tokens": 10**6}
-    dataset |= {"num_documents": 1, "num_bytes": 1, "fingerprint": "f", "shards": []}
-    (shards / "dataset.json").write_text(json.dumps(dataset))
+    write_dataset(tmp_path / "shards")
     path = tmp_path / "x.toml"
     path.write_text(
         '[run]\nname = "x"\nsteps = 10\n[model]\nlayers = 1\nd_model = 64\nheads = 4\n'
@@ -265,6 +271,25 @@ def run_file(tmp_path, monkeypatch):
         "sequences_per_micro_batch = 4\n"
     )
     return str(path)
+
+
+def test_a_mixture_is_planned_by_all_its_sources(run_file, tmp_path):
+    write_dataset(tmp_path / "more", num_tokens=500, vocabulary_tokens=1200)
+    both = config.load(run_file, ['data.train={a="shards", b="more"}'])
+    assert data_size(both, must_exist=True) == DataSize(1200, 10**6 + 500)
+    absent = config.load(run_file, ['data.train={a="shards", b="nowhere"}'])
+    assert data_size(absent, must_exist=False) == DataSize(1000, None)
+    with pytest.raises(UserError, match="nowhere: no such shard folder"):
+        data_size(absent, must_exist=True)
+
+
+def test_raw_text_is_planned_before_it_is_tokenized(run_file, tmp_path):
+    (tmp_path / "x.txt").write_text("words")
+    raw = config.load(run_file, ["data.train=x.txt", "data.tokenizer=t", "plan.vocabulary_tokens=777"])
+    assert data_size(raw, must_exist=True) == DataSize(777, None)
+    assert submission.prepare(submission.Wanted(run_file, ["data.train=x.txt", "data.tokenizer=t"], ranks=1)).ranks == 1
+    with pytest.raises(UserError, match="no-such.txt: no such"):
+        data_size(config.load(run_file, ["data.train=no-such.txt", "data.tokenizer=t"]), must_exist=True)
 
 
 def test_prepare_makes_the_training_command(run_file):

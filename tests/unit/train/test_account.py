@@ -29,11 +29,17 @@ def test_a_loss_that_is_no_number_is_never_the_best():
     assert account.best_step is None
 
 
-@given(st.lists(st.floats(0, 20), max_size=5), st.integers(0, 10**9))
-def test_it_survives_json(losses, tokens):
-    account = Account(tokens=tokens)
+@given(st.lists(st.floats(0, 20), max_size=5), st.dictionaries(st.text(max_size=5), st.integers(0, 10**15), max_size=3))
+def test_it_survives_json(losses, source_tokens):
+    account = Account(tokens=sum(source_tokens.values()), source_tokens=source_tokens)
     for loss in losses:
         account.step += 1
         account.saw_evaluation(loss)
     text = json.dumps(account.to_dict(), allow_nan=False)
     assert Account.from_dict(json.loads(text)) == account
+
+
+def test_a_checkpoint_from_before_there_were_sources_is_read():
+    fields = Account(step=4, tokens=1024).to_dict()
+    del fields["source_tokens"]
+    assert Account.from_dict(fields) == Account(step=4, tokens=1024)

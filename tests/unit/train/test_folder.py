@@ -5,11 +5,12 @@ import json
 import pytest
 
 from llm_dist import config
+from llm_dist.checkpoint.layout import Found
 from llm_dist.errors import ResumeRefused, UserError
 from llm_dist.train import folder as module
 from llm_dist.train.folder import RunFolder, write_atomically
 
-DATA = {"data": "d" * 64, "tokenizer": "t" * 64}
+DATA = {"tokenizer": "e" * 64, "data.train": "d" * 64}
 
 
 def run(tmp_path, *overrides):
@@ -62,12 +63,46 @@ def test_another_run_or_other_data_is_refused_and_nothing_is_written(tmp_path, f
     before = folder.config.read_text()
     with pytest.raises(ResumeRefused, match=r"model\.layers was 1 and is now 2"):
         folder.open(run(tmp_path, "model.layers=2", "run.steps=20"), DATA, [])
-    with pytest.raises(ResumeRefused, match=r"data\.train=elsewhere: its data fingerprint is 777777777777"):
-        folder.open(run(tmp_path, "data.train=elsewhere", "run.steps=20"), {**DATA, "data": "7" * 64}, [])
-    with pytest.raises(ResumeRefused, match="its tokenizer fingerprint"):
-        folder.open(run(tmp_path), {**DATA, "tokenizer": "7" * 64}, [])
+    other = run(tmp_path, "data.train=elsewhere", "run.steps=20")
+    for changed, words in (
+        ({"data.train": "7" * 64}, "source train of data.train has fingerprint 777777777777, but the run's had dddddddddddd"),
+        ({"tokenizer": "7" * 64}, "the tokenizer has fingerprint 777777777777, but the run's had eeeeeeeeeeee"),
+    ):
+        with pytest.raises(ResumeRefused) as caught:
+            folder.open(other, {**DATA, **changed}, [])
+        assert str(caught.value) == f"{words}; restore it or choose another run.name"
     assert folder.config.read_text() == before
     folder.open(run(tmp_path, "data.train=elsewhere"), DATA, [])  # the same data may lie elsewhere
+
+
+def test_sources_may_join_and_none_may_leave(tmp_path, folder, tokenizer):
+    two = 'data.train={train="shards/train", more="shards/more"}'
+    mixture = "data.mixture=[{from_step=0, weights={train=1}}, {from_step=5, weights={more=1}}]"
+    folder.open(run(tmp_path), DATA, [])
+    begin(folder, tokenizer)
+    joined = {**DATA, "data.more": "a" * 64}
+    folder.open(run(tmp_path, two, mixture), joined, ["data.mixture"])
+    folder.begin_attempt({"accepted": ["data.mixture"]}, joined, tokenizer)
+    before = folder.config.read_text()
+    with pytest.raises(ResumeRefused, match=r"^source more of data\.train has fingerprint 777777777777, but "):
+        folder.open(run(tmp_path, two, mixture), {**joined, "data.more": "7" * 64}, [])
+    with pytest.raises(ResumeRefused, match=r"^source train of data\.train is missing, but the run read it; "):
+        folder.open(run(tmp_path, two, mixture), {key: joined[key] for key in ("tokenizer", "data.more")}, [])
+    assert folder.config.read_text() == before
+
+
+def test_the_latest_checkpoint_says_how_far_the_past_reaches(tmp_path, folder, tokenizer, monkeypatch):
+    two = 'data.train={train="shards/train", more="shards/more"}'
+    begins = "{from_step=0, weights={train=1}}"
+    folder.open(run(tmp_path, two, f"data.mixture=[{begins}]"), DATA, [])
+    monkeypatch.setattr(module.layout, "latest", lambda _: Found(6, folder.checkpoints))
+    for first in (5, 6):
+        changed = run(tmp_path, two, f"data.mixture=[{begins}, {{from_step={first}, weights={{more=1}}}}]")
+        if first < 6:
+            with pytest.raises(ResumeRefused, match=r"^data\.mixture: 6 steps are finished"):
+                folder.open(changed, DATA, ["data.mixture"])
+        else:
+            assert folder.open(changed, DATA, ["data.mixture"]).data.mixture[1].from_step == 6
 
 
 def test_attempts_are_numbered_and_taken_once(tmp_path, folder, tokenizer, monkeypatch):
