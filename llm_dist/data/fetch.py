@@ -7,6 +7,7 @@ server then costs a moment instead of a step. Knows nothing of what the bytes me
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import statistics
 import time
@@ -17,14 +18,21 @@ from typing import Any
 from llm_dist.errors import UserError
 
 ATTEMPTS = 8
-LONGEST_PAUSE_SECONDS = 10.0
-"""Pauses are drawn from 0 to a bound that doubles from 0.1 s to this: clients that failed together come back apart."""
+LONGEST_PAUSE_SECONDS = 60.0
+"""Pauses are drawn from 0 to a bound that grows fourfold from 0.1 s to this: clients that failed together come back
+apart, and an outage of a minute ends no run."""
 DEADLINE_SECONDS = 60.0
-"""After so long without an answer an attempt has failed."""
-_HEDGE_SECONDS = 0.05, 5.0
+"""After so long without an answer an attempt to read a range has failed."""
+WHOLE_FILE_DEADLINE_SECONDS = 600.0
+"""A table of a trillion tokens has 100 MB."""
+_HEDGE_SECONDS = 0.05, 30.0
 """A second request is never made before the first of these, and always after the second."""
+_FIRST_PATIENCE_SECONDS, _WHOLE_FILE_PATIENCE_SECONDS = 1.0, 5.0
+"""When a second request is made while too few answers are known, and of a file whose size is not known."""
 _FEWEST_SAMPLES, _SAMPLES = 20, 200
 _BLOCKING_THREADS = 32
+_CONNECTIONS = 100
+"""At once; botocore's own limit of 10 would hold back requests that are meant to overtake others."""
 _TRANSIENT = (408, 425, 429)
 """HTTP's time-outs and requests to slow down."""
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
@@ -38,87 +46,114 @@ class Fetcher:
         self.url = url.rstrip("/")
         self._filesystem, self._root = _filesystem_of(self.url)
         self._latencies: deque[float] = deque(maxlen=_SAMPLES)
-        self._threads = None if self._is_async else ThreadPoolExecutor(_BLOCKING_THREADS, "data.fetch")
+        is_async = bool(self._filesystem.async_impl)
+        self._threads = None if is_async else ThreadPoolExecutor(_BLOCKING_THREADS, "data.fetch")
+        self._closed: Future[bytes] = Future()
+        """Done when this is closed, so that who waits for an answer can wait for that as well."""
 
-    def read(self, name: str, first: int = 0, end: int | None = None) -> bytes:
+    def read(
+        self, name: str, first: int = 0, end: int | None = None, longest_pause_seconds: float | None = None
+    ) -> bytes:
         """Bytes `first` to `end` (not included; the end of the file by default) of a file below the URL.
 
         Raises:
             UserError: it is not there or may not be read, or every attempt failed.
         """
-        bound = 0.1
-        for attempt in range(1, ATTEMPTS + 1):
+        longest = LONGEST_PAUSE_SECONDS if longest_pause_seconds is None else longest_pause_seconds
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                wait([self._closed], random.uniform(0, min(longest, 0.1 * 4 ** (attempt - 1))))
             try:
                 content = self._hedged(name, first, end)
+            except Exception as error:  # noqa: BLE001 (the errors of fsspec's protocols have no class in common)
+                if self._closed.done():
+                    raise RuntimeError(f"{self.url}/{name}: closed while it was read") from None
+                if mistake := _mistake(error):
+                    raise UserError(f"{self.url}/{name}: {mistake}") from None
+                failure = f"{type(error).__name__}: {_line(error)}"
+            else:
                 if end is None or len(content) == end - first:
                     return content
-                failure = f"{len(content)} bytes came instead of {end - first}"
-            except FileNotFoundError:
-                raise UserError(f"{self.url}/{name}: not there; check the URL, or upload the file again") from None
-            except PermissionError as error:
-                raise UserError(f"{self.url}/{name}: may not be read ({error}); check the credentials") from None
-            except Exception as error:  # noqa: BLE001 (the errors of fsspec's protocols have no class in common)
-                if why := _is_final(error):
-                    raise UserError(f"{self.url}/{name}: {why}; check the URL and the credentials") from None
-                failure = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            if attempt < ATTEMPTS:
-                time.sleep(random.uniform(0, bound))
-                bound = min(LONGEST_PAUSE_SECONDS, 2 * bound)
-        raise UserError(f"{self.url}/{name}: {ATTEMPTS} attempts failed, the last with {failure}; start again later")
+                failure = f"{len(content)} bytes instead of {end - first}"
+        raise UserError(
+            f"{self.url}/{name}: {ATTEMPTS} attempts failed, the last with {failure}; "
+            "start again when the server answers"
+        )
 
     def close(self) -> None:
-        """Let go of threads; a second call does nothing."""
+        """End the requests that are under way, whose readers get an error; a second call does nothing."""
+        if not self._closed.done():
+            self._closed.set_result(b"")
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    @property
-    def _is_async(self) -> bool:
-        return bool(self._filesystem.async_impl)
-
     def _hedged(self, name: str, first: int, end: int | None) -> bytes:
         """The first good answer of one request or, where that is slow, of two."""
+        patience, deadline = self._patience_and_deadline(end)
         began = time.monotonic()
-        asked = [self._ask(name, first, end)]
+        asked = {self._ask(name, first, end): began}
+        only = next(iter(asked))
         try:
-            wait(asked, timeout=self._patience())
-            if not asked[0].done():
-                asked.append(self._ask(name, first, end))
+            wait([only, self._closed], patience, FIRST_COMPLETED)
+            if not only.done() and not self._closed.done():
+                asked[self._ask(name, first, end)] = time.monotonic()
             waiting = set(asked)
-            while waiting and (left := began + DEADLINE_SECONDS - time.monotonic()) > 0:
-                done, waiting = wait(waiting, left, FIRST_COMPLETED)
+            while waiting and not self._closed.done() and (left := began + deadline - time.monotonic()) > 0:
+                done = wait([*waiting, self._closed], left, FIRST_COMPLETED).done & waiting
+                waiting -= done
                 for answer in done:
                     if answer.exception() is None:
-                        self._latencies.append(time.monotonic() - began)
+                        # Of a first request that was overtaken it is only known that it took longer than patience.
+                        least = 0.0 if answer is only else patience
+                        if end is not None:
+                            self._latencies.append(max(least, time.monotonic() - asked[answer]))
                         return answer.result()
             if not waiting:
-                return asked[0].result()
-            raise TimeoutError(f"no answer within {DEADLINE_SECONDS:.0f} s")
+                return only.result()
+            raise TimeoutError(f"no answer within {deadline:.0f} s")
         finally:
             for answer in asked:
                 answer.cancel()
 
-    def _patience(self) -> float:
-        """Seconds after which a request is slow: those that 95 % of the last ones took."""
+    def _patience_and_deadline(self, end: int | None) -> tuple[float, float]:
+        """Seconds after which a request is slow, those that 95 % of the last ones took; and after which it failed."""
+        if end is None:
+            return _WHOLE_FILE_PATIENCE_SECONDS, WHOLE_FILE_DEADLINE_SECONDS
+        known = list(self._latencies)
+        if len(known) < _FEWEST_SAMPLES:
+            return _FIRST_PATIENCE_SECONDS, DEADLINE_SECONDS
         shortest, longest = _HEDGE_SECONDS
-        if len(self._latencies) < _FEWEST_SAMPLES:
-            return longest / 5
-        return min(longest, max(shortest, statistics.quantiles(list(self._latencies), n=20)[-1]))
+        return min(longest, max(shortest, statistics.quantiles(known, n=20)[-1])), DEADLINE_SECONDS
 
     def _ask(self, name: str, first: int, end: int | None) -> Future[bytes]:
-        path, whole = f"{self._root}/{name}", first == 0 and end is None
-        bounds: dict[str, int | None] = {} if whole else {"start": first, "end": end}
+        path = f"{self._root}/{name}"
+        # A whole file is asked for as a range, too: s3fs would ask for its size before.
         if self._threads is not None:
-            return self._threads.submit(self._filesystem.cat_file, path, **bounds)
+            return self._threads.submit(self._filesystem.cat_file, path, start=first, end=end)
         # Its coroutine can be cancelled, which a thread that waits for an answer cannot.
-        return asyncio.run_coroutine_threadsafe(self._filesystem._cat_file(path, **bounds), self._filesystem.loop)
+        coroutine = self._filesystem._cat_file(path, start=first, end=end)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._filesystem.loop)
 
 
-def _is_final(error: Exception) -> str | None:
-    """Why asking again cannot help; None when it may."""
+def _mistake(error: Exception) -> str | None:
+    """What is wrong, where asking again cannot help, and the way out; None when it may."""
     status = getattr(error, "status", None)
-    if isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT:
-        return f"refused with status {status}"
-    return str(error) if type(error).__name__ in _NO_CREDENTIALS else None
+    said = f"status {status}" if isinstance(status, int) else _line(error)
+    if isinstance(error, FileNotFoundError):
+        return "not there; check the URL, or upload the file again"
+    if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS or status in (401, 403):
+        return f"may not be read ({said}); check the URL and the credentials"
+    if status == 416:
+        return f"shorter than it should be ({said}); upload the file again"
+    is_refused = isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT
+    # s3fs gives these numbers to what S3 calls invalid: a range behind the end, a name, a token.
+    if is_refused or (isinstance(error, OSError) and error.errno in (errno.EINVAL, errno.EPERM)):
+        return f"refused ({said}); check the URL and the file there"
+    return None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _filesystem_of(url: str) -> tuple[Any, str]:
@@ -126,14 +161,18 @@ def _filesystem_of(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0]
     try:
-        filesystem, root = fsspec.core.url_to_fs(url)
+        # One of its own, because it is set up below.
+        filesystem, root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
     except ImportError as error:
         raise UserError(
-            f"{url}: {protocol} needs a package that is missing ({error}); pip install 'llm_dist[remote]' brings those "
-            "of http and s3"
+            f"{url}: {protocol} needs a package that is missing ({_line(error)}); pip install 'llm_dist[remote]' "
+            "brings those of http and s3"
         ) from None
     except ValueError as error:
-        raise UserError(f"{url}: {' '.join(str(error).split())}; name a folder, or a URL that fsspec knows") from None
-    if hasattr(filesystem, "retries"):
-        filesystem.retries = 1  # s3fs would multiply our attempts with its own
+        raise UserError(f"{url}: {_line(error)}; name a folder, or a URL that fsspec knows") from None
+    if protocol in ("s3", "s3a"):
+        # s3fs and botocore below it would both multiply our attempts with their own.
+        filesystem.retries = 1
+        ours = {"max_pool_connections": _CONNECTIONS, "retries": {"total_max_attempts": 1}}
+        filesystem.config_kwargs = {**ours, **filesystem.config_kwargs}
     return filesystem, root.rstrip("/")

@@ -48,7 +48,7 @@ class TokenReader(Protocol):
         """`count` tokens of a chunk from its token `first` on; read-only."""
 
     def gather(self, chunks: Integers, firsts: Integers, count: int, out: Integers, rows: Integers) -> None:
-        """Copy `count` tokens from token `firsts` [n] of `chunks` [n] on, each inside its chunk, to `rows` [n] of `out`."""
+        """Copy `count` tokens from token `firsts` [n] of `chunks` [n] on, inside it, to `rows` [n] of `out`."""
 
     def ends(self, chunk: int) -> npt.NDArray[np.uint32]:
         """Cumulative document ends inside a chunk; read-only."""

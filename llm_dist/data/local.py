@@ -52,7 +52,7 @@ class LocalTokens:
         return self._shard(int(self._chunks.shard_of[chunk]))[element : element + count]
 
     def gather(self, chunks: Integers, firsts: Integers, count: int, out: Integers, rows: Integers) -> None:
-        """Copy `count` tokens from token `firsts` [n] of `chunks` [n] on, each inside its chunk, to `rows` [n] of `out`.
+        """Copy `count` tokens from token `firsts` [n] of `chunks` [n] on, inside it, to `rows` [n] of `out`.
 
         Raises:
             UserError: a block among them is damaged.
