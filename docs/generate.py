@@ -1,4 +1,4 @@
-"""Writes configuration.md from llm_dist/config.py, so that the page cannot differ from the code.
+"""Writes configuration.md from llm_dist/config_sections.py, so that the page cannot differ from the code.
 
 Run `python docs/generate.py` after a change of the run file's keys; a test compares the two.
 """
@@ -22,7 +22,7 @@ PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """\
 # The run file: every key
 
-<!-- Written by docs/generate.py from llm_dist/config.py; change the docstrings there. -->
+<!-- Written by docs/generate.py from llm_dist/config_sections.py; change the docstrings there. -->
 
 A run file is TOML written by hand, or JSON written by a machine (`config.json` of a run folder is one). It states
 what is trained; machines (how many ranks) stand on the command line. Unknown keys are refused, with the nearest known

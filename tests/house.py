@@ -34,6 +34,7 @@ SHARED_ROOMS = {
     "tokenizer_vocabulary": "tokenizer",
     "tokenizer_fast": "tokenizer",
     "plan_memory": "plan",
+    "config_sections": "config",
     "config_resume": "config",
 }
 """Files that live in the room of another file."""

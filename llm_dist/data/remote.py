@@ -7,23 +7,14 @@ it is first found in the cache. The order of the data is that of the same folder
 
 from __future__ import annotations
 
-import hashlib
-import json
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from llm_dist import tokenizer
 from llm_dist.data.cache import BlockCache
-from llm_dist.data.chunks import Chunks, Integers
 from llm_dist.data.fetch import Fetcher
-from llm_dist.data.folder import BLOCK_TOKENS, CHECKSUMS, DATASET, INDEX, TOKENIZER, parse_dataset
+from llm_dist.data.folder import CHECKSUMS, DATASET, INDEX, parse_dataset
 from llm_dist.data.index import ShardSet, read_chunks
 from llm_dist.errors import UserError
 

@@ -1,0 +1,333 @@
+"""The sections of the run file: every key, its default, its rule and its help.
+
+The docstring below a field is its help and its line in docs/configuration.md. Validation reads no file, no environment
+and no torch.
+
+What may change when a run is resumed is part of a field: `identity` (another value is another run: refused),
+`from_now` (allowed when named with --accept, and recorded) or `free` (machines, logging, saving, length).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+OnResume = Literal["identity", "from_now", "free"]
+
+
+def _field(on_resume: OnResume, default: Any, rules: dict[str, Any]) -> Any:
+    return Field(default, json_schema_extra={"on_resume": on_resume}, **rules)
+
+
+def identity(default: Any = ..., **rules: Any) -> Any:
+    """A field whose change makes another run."""
+    return _field("identity", default, rules)
+
+
+def from_now(default: Any = ..., **rules: Any) -> Any:
+    """A field that may change from the current step on, when the user says so."""
+    return _field("from_now", default, rules)
+
+
+def free(default: Any = ..., **rules: Any) -> Any:
+    """A field that changes no trajectory."""
+    return _field("free", default, rules)
+
+
+class Section(BaseModel):
+    """A frozen table of the run file."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, protected_namespaces=()
+    )
+
+
+class Run(Section):
+    """Which run this is."""
+
+    name: str = free(min_length=1, pattern=r"^[^/]+$")
+    """Name of the run; its folder is `run.dir`/`run.name`."""
+    dir: str = free("runs")
+    """Folder that holds the run folders."""
+    seed: int = identity(0, ge=0, lt=2**63)
+    """Seeds initial weights, data order, masks and dropout."""
+    steps: int = free(ge=1)
+    """Optimizer steps after which the run is finished; raise it to go on."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.dir) / self.name
+
+
+class Model(Section):
+    """The Transformer. `family` sets what the other keys leave open."""
+
+    family: Literal["llama", "gpt2"] = identity("llama")
+    """llama: RMSNorm, rotary positions, SwiGLU, no biases. gpt2: LayerNorm, learned positions, GELU, biases."""
+    layers: int = identity(ge=1)
+    """Number of blocks."""
+    d_model: int = identity(ge=1)
+    """Model width D."""
+    heads: int = identity(ge=1)
+    """Attention heads H."""
+    kv_heads: int | None = identity(None, ge=1)
+    """Key/value heads K (grouped-query attention); `heads` when absent."""
+    d_ff: int | None = identity(None, ge=1)
+    """Feed-forward width F; when absent 4 D (gpt2) or 8/3 D rounded up to a multiple of 64 (llama)."""
+    dropout: float = from_now(0.0, ge=0, lt=1)
+    """Probability of dropping an element after embedding, attention and feed-forward, in training."""
+    max_sequence_tokens: int = identity(2048, ge=1)
+    """Longest sequence the model is made for (rows of a learned position table; stated at export)."""
+    positions: Literal["rotary", "learned", "sinusoidal"] | None = identity(None)
+    """How positions enter; set by `family` when absent."""
+    qk_norm: bool = identity(False)
+    """Normalise queries and keys per head (RMSNorm), as Qwen3 does."""
+    tied_head: bool | None = identity(None)
+    """Share the embedding with the output head; when absent true for gpt2, false for llama."""
+    norm_eps: float = identity(1e-5, gt=0)
+    """Epsilon of the norms."""
+    rope_theta: float = identity(10_000.0, gt=0)
+    """Base of the rotary frequencies."""
+    vocabulary_multiple: int = identity(64, ge=1)
+    """The vocabulary is padded up to a multiple of this (faster matmuls); export trims the padding."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.d_model % self.heads:
+            raise ValueError(f"model.d_model={self.d_model} must be a multiple of model.heads={self.heads}")
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
+        if self.position_kind == "rotary" and self.d_head % 2:
+            raise ValueError(f"rotary positions need an even head width; model.d_model/heads is {self.d_head}")
+        return self
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K, resolved."""
+        return self.kv_heads or self.heads
+
+    @property
+    def d_head(self) -> int:
+        """E, the width of one head."""
+        return self.d_model // self.heads
+
+    @property
+    def width_ff(self) -> int:
+        """F, resolved."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return 4 * self.d_model if self.family == "gpt2" else -(-8 * self.d_model // (3 * 64)) * 64
+
+    @property
+    def position_kind(self) -> str:
+        """How positions enter, resolved."""
+        return self.positions or ("learned" if self.family == "gpt2" else "rotary")
+
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether embedding and head share one matrix, resolved."""
+        return self.family == "gpt2" if self.tied_head is None else self.tied_head
+
+
+class Segment(Section):
+    """Weights of the sources from a step on, until the next segment."""
+
+    from_step: int = Field(ge=0)
+    """The first step they rule is the one after so many finished steps."""
+    weights: dict[str, float] = Field(min_length=1)
+    """Share of a step's sequences by source; they need not sum to 1, and a source left out gives nothing."""
+
+
+class Data(Section):
+    """What the model reads."""
+
+    train: str | dict[str, str] = free()
+    """Shard folder, URL of one, or raw text with `data.tokenizer`; a table of them, by name, is a mixture. A source's
+    fingerprint, not its path, belongs to the run's identity."""
+    mixture: list[Segment] = from_now([])
+    """Segments `{from_step, weights}`; sources are read at the same rate when absent. What lies behind the current step
+    never changes; later segments, with new sources too, may be added."""
+    holdout: str | list[str] = free([])
+    """Shard folder or folders for validation; each gets its own curve, named after the folder."""
+    sequence_tokens: int = identity(ge=1)
+    """Length T of a training sequence."""
+    packing: Literal["concatenate", "best_fit"] = identity("concatenate")
+    """concatenate: sequences are cut from the stream. best_fit: whole documents, packed tightly, and padding."""
+    document_mask: bool = identity(False)
+    """Attention and positions stop at document borders (taken from the index, never inferred)."""
+    tokenizer: str | None = free(None)
+    """Tokenizer folder for sources that are raw text: they become shards in `data.cache` when the run starts."""
+    split: Literal["file", "blank-line", "line"] = free("file")
+    """What a document is in raw .txt, as in `llm-dist tokenize`."""
+    cache: str = free("~/.cache/llm_dist")
+    """Folder for shards made from raw text, and for what is fetched from URLs; ranks of a host share it."""
+    cache_gigabytes: float = free(16.0, gt=0)
+    """What is fetched from URLs may take so much disk per host; the longest unused goes first."""
+    workers: int = free(1, ge=0)
+    """Background threads that prepare the next steps' rows; 0 prepares them in the training thread."""
+
+    @model_validator(mode="after")
+    def _mixture_fits(self) -> Self:
+        if not self.sources or not all(self.sources):
+            raise ValueError("data.train names no source; give a folder, or a table of folders by name")
+        steps = [segment.from_step for segment in self.mixture]
+        if steps and (steps[0] != 0 or steps != sorted(set(steps))):
+            raise ValueError(f"data.mixture: from_step must begin at 0 and rise from segment to segment, found {steps}")
+        for number, segment in enumerate(self.mixture):
+            if unknown := segment.weights.keys() - self.sources.keys():
+                raise ValueError(
+                    f"data.mixture[{number}] weighs {', '.join(sorted(unknown))}, which data.train does not name; "
+                    f"it names {', '.join(self.sources)}"
+                )
+            weights = segment.weights.values()
+            if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+                raise ValueError(f"data.mixture[{number}].weights must be at least 0, finite, and not all 0")
+        return self
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where each source lies, by name; a single one is called train."""
+        return {"train": self.train} if isinstance(self.train, str) else self.train
+
+    @property
+    def holdouts(self) -> list[str]:
+        """The held-out folders as a list."""
+        return [self.holdout] if isinstance(self.holdout, str) else self.holdout
+
+    def segments_before(self, step: int) -> list[tuple[int, dict[str, float] | None]]:
+        """Segments that have ruled when `step` steps are finished; None: weights that follow from the sources' sizes.
+
+        Weights are shares, so that what means the same is equal.
+        """
+        segments = [(segment.from_step, segment.weights) for segment in self.mixture]
+        if not segments and len(self.sources) == 1:
+            segments = [(0, dict.fromkeys(self.sources, 1.0))]
+        if not segments:
+            return [(0, None)] if step > 0 else []
+        return [(first, _shares(weights)) for first, weights in segments if first < step]
+
+
+def _shares(weights: dict[str, float]) -> dict[str, float]:
+    return {name: weight / sum(weights.values()) for name, weight in sorted(weights.items()) if weight}
+
+
+class BatchSize(Section):
+    """How much one optimizer step reads."""
+
+    tokens_per_step: int = identity(ge=1)
+    """Tokens per optimizer step over all ranks; a multiple of `data.sequence_tokens`."""
+    sequences_per_micro_batch: int = free(8, ge=1)
+    """Most rows a rank computes at once; its rows are dealt evenly to as few micro-batches as that allows."""
+
+
+class Optim(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "sgd"] = identity("adamw")
+    """adamw: decoupled weight decay (arXiv 1711.05101), fused. sgd: plain, for tests of the mathematics."""
+    lr: float = from_now(3e-4, gt=0)
+    """Peak learning rate."""
+    beta1: float = from_now(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = from_now(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = from_now(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = from_now(0.1, ge=0)
+    """Decoupled weight decay; never on norms, biases and embeddings."""
+    clip: float = from_now(1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0 never clips."""
+    warmup_steps: int = from_now(0, ge=0)
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = from_now("cosine")
+    """Shape after warm-up; wsd: constant, then linear decay over the last `decay_fraction`."""
+    final_lr_fraction: float = from_now(0.1, ge=0, le=1)
+    """Rate at the end of the schedule as a fraction of `lr`."""
+    decay_fraction: float = from_now(0.2, gt=0, le=1)
+    """Share of `total_steps` over which wsd decays."""
+    total_steps: int | None = from_now(None, ge=1)
+    """Steps the schedule spans; `run.steps` when the run is created, then frozen."""
+
+
+class Engine(Section):
+    """Who computes the step. Engines differ in speed and memory, never in mathematics."""
+
+    name: Literal["plain", "zero", "fsdp"] = free("plain")
+    """plain: one rank or DDP. zero: DeepSpeed ZeRO. fsdp: PyTorch FSDP2."""
+    zero_stage: Literal[0, 1, 2, 3] = free(2)
+    """What ZeRO partitions: 1 optimizer, 2 and gradients, 3 and parameters."""
+    shard_ranks: int | None = free(None, ge=1)
+    """fsdp: shard over groups of this many ranks and replicate between them (hybrid sharding); all when absent."""
+    precision: Literal["fp32", "bf16"] = from_now("bf16")
+    """bf16: matmul and attention in bf16; masters, norm statistics, softmax, loss and reduction in fp32."""
+    recompute: Literal["none", "selective", "full"] = free("none")
+    """Gradient checkpointing per block: selective keeps matmul and attention outputs, full keeps only the input."""
+    compile: Literal["auto", "on", "off"] = free("auto")
+    """torch.compile per block; auto: where a compiler is found, else one line says so."""
+    deterministic: bool = free(False)
+    """Bitwise reproducible kernels on GPU (CPU always is)."""
+
+
+class Checkpoint(Section):
+    """What is saved, when, and how long it is kept."""
+
+    every_steps: int | None = free(None, ge=1)
+    """Save every so many steps; a tenth of `run.steps` when absent. The last step is always saved."""
+    keep_last: int = free(2, ge=1)
+    """How many of the newest checkpoints stay."""
+    keep_every_steps: int | None = free(None, ge=1)
+    """Checkpoints at multiples of this stay for good."""
+    keep_best: bool = free(True)
+    """The checkpoint nearest the best validation loss stays."""
+    asynchronous: bool = free(False)
+    """Training waits only for the copy to host memory; the write happens beside it."""
+
+
+class Eval(Section):
+    """Validation during training."""
+
+    every_steps: int | None = free(None, ge=1)
+    """Evaluate the held-out folders every so many steps; only at the end when absent."""
+    max_sequences: int | None = free(None, ge=1)
+    """Score at most so many windows of each held-out folder; all when absent."""
+    patience: int | None = from_now(None, ge=1)
+    """Stop when the first held-out loss has not improved for so many evaluations."""
+
+
+class Log(Section):
+    """What is reported."""
+
+    every_steps: int = free(10, ge=1)
+    """Report every so many steps."""
+    sinks: list[Literal["tensorboard", "csv", "wandb"]] = free(["tensorboard"])
+    """Where metrics go beside metrics.jsonl; a failing sink never stops a run."""
+
+
+class Objective(Section):
+    """What is learnt."""
+
+    name: Literal["causal"] = identity("causal")
+    """causal: predict each token from those before it."""
+    z_loss: float = from_now(0.0, ge=0)
+    """Weight of the squared log-normaliser (PaLM's z-loss); 0 is off."""
+
+
+class Init(Section):
+    """Where the weights come from."""
+
+    source: str | None = identity(None, alias="from")
+    """Run folder or checkpoint whose weights start this run; random when absent."""
+    std: float = identity(0.02, gt=0)
+    """Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2 layers)."""
+
+
+class Plan(Section):
+    """What planning assumes and refuses."""
+
+    max_waste: float = free(0.1, ge=0, lt=1)
+    """Share of computed rows that may be absent (ranks x micro-batch not dividing the step) at submission."""
+    vocabulary_tokens: int = free(32_768, ge=1)
+    """Vocabulary assumed where `data.train` is not there yet."""
