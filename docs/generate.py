@@ -41,8 +41,8 @@ core to 70 billion parameters. `config.json` shows what a run really uses, defau
 | free | changes no trajectory; may differ at every start |
 
 `data.train` is free because folders may move: what they hold may not change. Each source's fingerprint and the
-tokenizer's are compared with those the run began on, and a difference is refused. `data.mixture` may be changed from the
-current step on only ([data](data.md#what-a-run-reads)). Engine, ranks and micro-batch are free because the
+tokenizer's are compared with those the run began on, and a difference is refused. `data.mixture` may be changed from
+the current step on only ([data](data.md#what-a-run-reads)). Engine, ranks and micro-batch are free because the
 mathematics is the same; a run continues bit for bit only where they stay the same ([engines](engines.md)).
 
 Beyond the bounds of single keys, three rules: `batch.tokens_per_step` is a multiple of `data.sequence_tokens`;

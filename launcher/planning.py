@@ -10,7 +10,7 @@ from launcher.capacity import machine_here
 from llm_dist.config import Config
 from llm_dist.data.fetch import Fetcher
 from llm_dist.data.folder import DATASET, read_dataset
-from llm_dist.data.index import is_url
+from llm_dist.data.places import is_url
 from llm_dist.data.remote import remote_dataset
 from llm_dist.model.size import GPU
 from llm_dist.plan import USABLE_MEMORY, Plan, make_plan, memory_of

@@ -220,9 +220,9 @@ def evaluate(
 
     def work() -> Any:
         from llm_dist import trained
-        from llm_dist.data.index import open_shards
+        from llm_dist.data.places import open_place
 
-        return trained.score(trained.find(checkpoint, step, best), open_shards(data), precision)
+        return trained.score(trained.find(checkpoint, step, best), open_place(data), precision)
 
     _finish(work, as_json)
 

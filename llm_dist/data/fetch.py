@@ -38,6 +38,10 @@ _TRANSIENT = (408, 425, 429)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
 
 
+class NotThere(UserError):
+    """There is no such file."""
+
+
 class Fetcher:
     """Reads files below one URL. Safe to use from several threads."""
 
@@ -57,7 +61,8 @@ class Fetcher:
         """Bytes `first` to `end` (not included; the end of the file by default) of a file below the URL.
 
         Raises:
-            UserError: it is not there or may not be read, or every attempt failed.
+            NotThere: there is no such file.
+            UserError: it may not be read, or every attempt failed.
         """
         longest = LONGEST_PAUSE_SECONDS if longest_pause_seconds is None else longest_pause_seconds
         for attempt in range(ATTEMPTS):
@@ -68,6 +73,8 @@ class Fetcher:
             except Exception as error:  # noqa: BLE001 (the errors of fsspec's protocols have no class in common)
                 if self._closed.done():
                     raise RuntimeError(f"{self.url}/{name}: closed while it was read") from None
+                if isinstance(error, FileNotFoundError):
+                    raise NotThere(f"{self.url}/{name}: not there; check the URL, or upload the file again") from None
                 if mistake := _mistake(error):
                     raise UserError(f"{self.url}/{name}: {mistake}") from None
                 failure = f"{type(error).__name__}: {_line(error)}"
@@ -139,8 +146,6 @@ def _mistake(error: Exception) -> str | None:
     """What is wrong, where asking again cannot help, and the way out; None when it may."""
     status = getattr(error, "status", None)
     said = f"status {status}" if isinstance(status, int) else _line(error)
-    if isinstance(error, FileNotFoundError):
-        return "not there; check the URL, or upload the file again"
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS or status in (401, 403):
         return f"may not be read ({said}); check the URL and the credentials"
     if status == 416:

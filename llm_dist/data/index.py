@@ -2,8 +2,8 @@
 
 The stream is every shard's chunks one after another, a circle: past its end it begins again. Opening reads
 dataset.json, the index and the checksums and looks at file sizes; a block's checksum is proved when it is first
-touched, so damage is named before the step that would use it. The bytes come from `local`, or from `remote` where the
-folder is a URL; nothing else tells the two apart. Knows no order, no sequence length and no torch.
+touched, so damage is named before the step that would use it. The bytes come from a `TokenReader`: `local`'s here, and
+`remote`'s where the folder is a URL (`places`). Knows no order, no sequence length and no torch.
 """
 
 from __future__ import annotations
@@ -28,15 +28,7 @@ from llm_dist.data.folder import (
 )
 from llm_dist.data.local import LocalTokens
 
-__all__ = ["DEFAULT_CACHE", "ShardSet", "TokenReader", "is_url", "open_shards", "read_chunks"]
-
-
-DEFAULT_CACHE = Path("~/.cache/llm_dist")
-
-
-def is_url(place: str) -> bool:
-    """Whether shards lie behind a protocol of fsspec and not in a folder."""
-    return "://" in place
+__all__ = ["ShardSet", "TokenReader", "open_shards", "read_chunks"]
 
 
 class TokenReader(Protocol):
@@ -60,18 +52,12 @@ class TokenReader(Protocol):
         """Let go of files and threads."""
 
 
-def open_shards(folder: str | Path, cache: Path = DEFAULT_CACHE, cache_gigabytes: float = 16.0) -> ShardSet:
+def open_shards(folder: str | Path) -> ShardSet:
     """Open a finished shard folder and prove what is cheap to prove: files, sizes, index, counts, dtype.
-
-    Of a URL the tables and the tokenizer are fetched into `cache`, which then keeps up to `cache_gigabytes` of tokens.
 
     Raises:
         UserError: what is missing, truncated or of another format, and the way out.
     """
-    if is_url(str(folder)):
-        from llm_dist.data.remote import open_remote
-
-        return open_remote(str(folder), cache.expanduser(), cache_gigabytes)
     path = Path(folder)
     dataset = read_dataset(path)
     check_files(path, dataset)

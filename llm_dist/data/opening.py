@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from llm_dist.config import Config
-from llm_dist.data.index import ShardSet, open_shards
+from llm_dist.data.index import ShardSet
 from llm_dist.data.mixture import Segment, exact
 from llm_dist.data.order import Order
 from llm_dist.data.packing import BestFit, Concatenated, Packing
+from llm_dist.data.places import open_place
 from llm_dist.data.raw import shards_of
 from llm_dist.data.reading import Reading, Source, segments_by_size
 from llm_dist.errors import UserError
@@ -65,7 +66,7 @@ def cache_folder(run: Config) -> Path:
 def _open(run: Config, key: str, place: str) -> ShardSet:
     cache = cache_folder(run)
     try:
-        return open_shards(shards_of(place, run.data.tokenizer, run.data.split, cache), cache, run.data.cache_gigabytes)
+        return open_place(shards_of(place, run.data.tokenizer, run.data.split, cache), cache, run.data.cache_gigabytes)
     except UserError as error:
         raise UserError(f"{key}={place}: {error}") from None
 

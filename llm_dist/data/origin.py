@@ -31,26 +31,16 @@ class SourceCounts:
     def __init__(self, documents_per_file: Sequence[int]) -> None:
         self._ends = np.cumsum(documents_per_file)
         self._counts = np.zeros((len(_COUNTS), len(documents_per_file)), np.int64)
-        self._waiting: list[tuple[int, int, int]] = []
 
-    def add(self, number: int, num_tokens: int, num_bytes: int) -> None:
-        """Count document `number`, or a piece of it."""
-        self._waiting.append((number, num_tokens, num_bytes))
-        if len(self._waiting) == 1 << 12:
-            self._count()
+    def add_many(self, numbers: Numbers, num_tokens: Numbers, num_bytes: Numbers) -> None:
+        """Count documents, or pieces of them: number, tokens and bytes of each [n]."""
+        files = self._ends.searchsorted(numbers, side="right")
+        for counts, values in zip(self._counts, (np.ones_like(numbers), num_tokens, num_bytes), strict=True):
+            np.add.at(counts, files, values)
 
     def record(self) -> dict[str, list[int]]:
         """Documents, tokens (separators count) and bytes of text per input file."""
-        self._count()
         return dict(zip(_COUNTS, self._counts.tolist(), strict=True))
-
-    def _count(self) -> None:
-        if self._waiting:
-            numbers, num_tokens, num_bytes = np.array(self._waiting, np.int64).T
-            files = self._ends.searchsorted(numbers, side="right")
-            for counts, values in zip(self._counts, (1, num_tokens, num_bytes), strict=True):
-                np.add.at(counts, files, values)
-            self._waiting.clear()
 
 
 def origin_record(part: Part, documents_per_file: Sequence[int], parts: Parts) -> dict[str, Any]:

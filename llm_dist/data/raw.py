@@ -14,8 +14,8 @@ from typing import Any
 from llm_dist import tokenizer
 from llm_dist.data.documents import Split
 from llm_dist.data.folder import DATASET
-from llm_dist.data.index import is_url
 from llm_dist.data.inputs import content_of, find_files
+from llm_dist.data.places import is_url
 from llm_dist.errors import UserError
 
 

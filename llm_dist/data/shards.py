@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -32,13 +32,16 @@ from llm_dist.data.folder import (
     TOKENIZER,
     checksum,
 )
+from llm_dist.data.output import UNFINISHED, publish, sync_file, sync_folder
 
 CHUNK_TOKENS = 1 << 20
 """Fewer cost disk (framing), more cost the stock reader memory; 2-4 MB is also a good range request."""
 SHARD_BYTES = 256 << 20
 
+Ids = npt.NDArray[np.integer[Any]]
+Numbers = npt.NDArray[np.int64]
+
 _BLOCK_BYTES = 512
-_UNFINISHED = ".tmp"
 
 
 def dtype_name(vocabulary_tokens: int) -> str:
@@ -52,10 +55,10 @@ def dataset_fingerprint(dtype: str, tokenizer: str, shard_sha256s: Iterable[str]
 
 
 class ShardWriter:
-    """Writes one shard folder: in a `with` block, `add` documents in stream order, then `close`.
+    """Writes one shard folder: in a `with` block, add documents in stream order, then `close`.
 
-    Memory: one chunk. A document longer than a chunk is continued in the next ones and begins a chunk of its own;
-    every other document is whole inside its chunk.
+    A thread hashes and writes a chunk while the next is filled. Memory: two chunks. A document longer than a chunk is
+    continued in the next ones and begins a chunk of its own; every other document is whole inside its chunk.
     """
 
     def __init__(
@@ -72,38 +75,49 @@ class ShardWriter:
         self._vocabulary_tokens = vocabulary_tokens
         self._tokenizer = tokenizer_fingerprint
         self._dtype = DTYPES[dtype_name(vocabulary_tokens)]
-        self._chunk = _Chunk(self._dtype, chunk_tokens)
+        self._chunk, self._spare = (_Chunk(self._dtype, chunk_tokens) for _ in range(2))
         self._shard_bytes = shard_bytes
         self._shard: _Shard | None = None
         self._shards: list[dict[str, Any]] = []
         self._rows: list[tuple[int, ...]] = []
         self._checksums: list[int] = []
+        self._thread = ThreadPoolExecutor(1, "shard-writer")
+        self._written: Future[None] | None = None
 
-    def add(self, ids: npt.NDArray[np.integer[Any]], num_bytes: int) -> None:
+    def add(self, ids: Ids, num_bytes: int) -> None:
         """Append a document, separator first: ids [n], which come from `num_bytes` bytes of UTF-8 text."""
-        assert len(ids), "a document has at least its separator"
-        if len(ids) > self._chunk.room:
-            self._flush()
-        done = 0
-        while done < len(ids):
-            until = min(len(ids), done + self._chunk.room)
-            # Bytes are dealt to the pieces by length, by a rule whose sum is exact.
-            piece_bytes = num_bytes * until // len(ids) - num_bytes * done // len(ids)
-            self._chunk.add(ids[done:until], piece_bytes, continues=done > 0)
-            done = until
-            if done < len(ids):
+        self.add_many(ids, np.array([len(ids)]), np.array([num_bytes]))
+
+    def add_many(self, ids: Ids, num_tokens: Numbers, num_bytes: Numbers) -> None:
+        """Append n documents: their ids one after another, tokens and bytes of each [n]."""
+        assert (num_tokens > 0).all(), "a document has at least its separator"
+        ends, bytes_ends = np.cumsum(num_tokens), np.cumsum(num_bytes)
+        first = begin = bytes_begin = 0
+        while first < len(ends):
+            last = int(ends.searchsorted(begin + self._chunk.room, side="right"))
+            if last == first and self._chunk.num_tokens:
                 self._flush()
+                continue
+            last = max(last, first + 1)
+            end, bytes_end = int(ends[last - 1]), int(bytes_ends[last - 1])
+            if end - begin > self._chunk.room:
+                self._add_long(ids[begin:end], bytes_end - bytes_begin)
+            else:
+                self._chunk.add(ids[begin:end], ends[first:last] - begin, bytes_end - bytes_begin)
+            first, begin, bytes_begin = last, end, bytes_end
 
     def close(self, tokenizer_files: Iterable[Path], made_from: Mapping[str, Any]) -> dict[str, Any]:
         """Finish the last shard, copy the tokenizer's files, write dataset.json; return its content."""
         self._flush()
+        self._wait()
         self._close_shard()
         assert self._shards, "a shard folder holds at least one document"
         tokenizer = self._folder / TOKENIZER
         tokenizer.mkdir()
         for path in tokenizer_files:
             publish(tokenizer / path.name, path.read_bytes())
-        index, checksums = _npy(np.array(self._rows, INDEX_ROW)), _npy(np.array(self._checksums, "<u8"))
+        tables = np.array(self._rows, INDEX_ROW), np.array(self._checksums, "<u8")
+        index, checksums = (_npy_header(table) + table.tobytes() for table in tables)
         publish(self._folder / INDEX, index)
         publish(self._folder / CHECKSUMS, checksums)
         dataset = {
@@ -127,19 +141,41 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give an open file back; what was not closed stays unfinished."""
+        """Give thread and open file back; what was not closed stays unfinished."""
+        self._thread.shutdown()
         if self._shard is not None:
             self._shard.file.close()
             self._shard = None
 
+    def _add_long(self, ids: Ids, num_bytes: int) -> None:
+        """A document that an empty chunk cannot hold: to as many as it fills."""
+        for first in range(0, len(ids), self._chunk.room):
+            if first:
+                self._flush()
+            piece = ids[first : first + self._chunk.room]
+            # Bytes are dealt to the pieces by length, by a rule whose sum is exact.
+            end = first + len(piece)
+            piece_bytes = num_bytes * end // len(ids) - num_bytes * first // len(ids)
+            self._chunk.add(piece, np.array([len(piece)]), piece_bytes, continues=first > 0)
+
     def _flush(self) -> None:
-        if not self._chunk.num_tokens:
-            return
+        """Hand the chunk to the thread, go on with the one it is done with."""
+        if self._chunk.num_tokens:
+            self._wait()
+            self._written = self._thread.submit(self._write, self._chunk)
+            self._chunk, self._spare = self._spare, self._chunk
+            self._chunk.clear()
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+
+    def _write(self, chunk: _Chunk) -> None:
         if self._shard is None:
             self._shard = _Shard(self._folder / f"shard-{len(self._shards):06d}.tar")
-        self._rows.append(self._shard.append(f"{len(self._rows):09d}", self._chunk, self._tokenizer))
-        self._checksums += self._chunk.checksums()
-        self._chunk.clear()
+        self._rows.append(self._shard.append(f"{len(self._rows):09d}", chunk, self._tokenizer))
+        self._checksums += chunk.checksums()
         if self._shard.num_bytes >= self._shard_bytes:
             self._close_shard()
 
@@ -159,28 +195,33 @@ class _Chunk:
     def clear(self) -> None:
         self.num_tokens = 0
         self.num_bytes = 0
-        self.ends: list[int] = []
         self.flags = 0
+        self._ends: list[Numbers] = []
 
     @property
     def room(self) -> int:
         """Tokens that still fit."""
         return len(self.tokens) - self.num_tokens
 
+    def ends(self) -> npt.NDArray[np.uint32]:
+        """Where each document ends."""
+        return np.concatenate(self._ends).astype("<u4")
+
     def checksums(self) -> list[int]:
         """Checksum of each block of tokens."""
         tokens = self.tokens[: self.num_tokens]
         return [checksum(tokens[first : first + BLOCK_TOKENS].data) for first in range(0, len(tokens), BLOCK_TOKENS)]
 
-    def add(self, ids: npt.NDArray[np.integer[Any]], num_bytes: int, *, continues: bool) -> None:
+    def add(self, ids: Ids, ends: Numbers, num_bytes: int, *, continues: bool = False) -> None:
+        """Append documents that end at `ends` of `ids`."""
+        if continues:
+            assert not self.num_tokens, "only a chunk's first document continues another"
+            self.flags |= CONTINUES
         end = self.num_tokens + len(ids)
         self.tokens[self.num_tokens : end] = ids
+        self._ends.append(ends + self.num_tokens)
         self.num_tokens = end
         self.num_bytes += num_bytes
-        self.ends.append(end)
-        if continues:
-            assert len(self.ends) == 1, "only a chunk's first document continues another"
-            self.flags |= CONTINUES
 
 
 class _Shard:
@@ -188,7 +229,7 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.file: BinaryIO = path.with_name(path.name + _UNFINISHED).open("wb")
+        self.file: BinaryIO = path.with_name(path.name + UNFINISHED).open("wb")
         self._sha256 = hashlib.sha256()
         self._counts: Counter[str] = Counter()
         self.num_bytes = 0
@@ -196,7 +237,7 @@ class _Shard:
     def append(self, key: str, chunk: _Chunk, tokenizer: str) -> tuple[int, ...]:
         """Write a chunk's members; return its row of the index."""
         tokens = chunk.tokens[: chunk.num_tokens]
-        ends = np.array(chunk.ends, "<u4")
+        ends = chunk.ends()
         about = {
             "format": FORMAT,
             "dtype": tokens.dtype.name,
@@ -206,8 +247,8 @@ class _Shard:
             "num_bytes": chunk.num_bytes,
             "continues": bool(chunk.flags & CONTINUES),
         }
-        token_offset = self._member(f"{key}.tokens.npy", _npy(tokens)) - tokens.nbytes
-        docs_offset = self._member(f"{key}.docs.npy", _npy(ends)) - ends.nbytes
+        token_offset = self._member(f"{key}.tokens.npy", _npy_header(tokens), tokens.data) - tokens.nbytes
+        docs_offset = self._member(f"{key}.docs.npy", _npy_header(ends), ends.data) - ends.nbytes
         self._member(f"{key}.json", json.dumps(about).encode())
         assert token_offset % 64 == docs_offset % 64 == 0, "memory maps of any dtype need aligned payloads"
         continued = chunk.flags & CONTINUES
@@ -221,7 +262,7 @@ class _Shard:
         """End the tar and publish it; return the shard's entry in dataset.json."""
         self._write(bytes(2 * _BLOCK_BYTES))
         with self.file as file:
-            _sync_file(file)
+            sync_file(file)
         Path(self.file.name).rename(self._path)
         sync_folder(self._path.parent)
         return {
@@ -231,47 +272,25 @@ class _Shard:
             **self._counts,
         }
 
-    def _member(self, name: str, payload: bytes) -> int:
+    def _member(self, name: str, *parts: bytes | memoryview) -> int:
         """Append a file to the tar; return where its payload ends."""
         header = tarfile.TarInfo(name)
-        header.size, header.mode, header.mtime = len(payload), 0o444, 0
+        header.size, header.mode, header.mtime = sum(memoryview(part).nbytes for part in parts), 0o444, 0
         self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        self._write(payload)
+        for part in parts:
+            self._write(part)
         end = self.num_bytes
-        self._write(bytes(-len(payload) % _BLOCK_BYTES))
+        self._write(bytes(-header.size % _BLOCK_BYTES))
         return end
 
-    def _write(self, content: bytes) -> None:
+    def _write(self, content: bytes | memoryview) -> None:
         self.file.write(content)
         self._sha256.update(content)
-        self.num_bytes += len(content)
+        self.num_bytes += memoryview(content).nbytes
 
 
-def _npy(array: npt.NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def publish(path: Path, content: bytes) -> None:
-    """Make `content` durable under a temporary name, then rename it to `path`."""
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    with unfinished.open("wb") as file:
-        file.write(content)
-        _sync_file(file)
-    unfinished.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_file(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _npy_header(array: npt.NDArray[Any]) -> bytes:
+    """What stands before the array's bytes in an .npy file."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return header.getvalue()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, overload
 
@@ -17,20 +18,40 @@ import numpy.typing as npt
 BUCKET_BYTES = 128 << 20
 MAX_BUCKETS = 256
 """Each is an open file; the usual limit is 1024 for the whole process."""
+RECORD_TOKENS = 1 << 22
+"""Tokens collected before they are dealt to the buckets, so that even the last of many buckets gets long runs."""
+BLOCK_TOKENS = 1 << 22
+"""Tokens given back at once; a longer document is a block of its own, and is not copied."""
 
-_HEADER = struct.Struct("<QQQQ")
+_HEADER = struct.Struct("<QQ")
+"""Documents and tokens of a record. Behind it stand numbers, hashes, sizes and bytes in 8-byte words, then all ids."""
+_WORD = 8
 _MASK = (1 << 64) - 1
 Words = npt.NDArray[np.uint64]
+Numbers = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.integer[Any]]
 
 
-class SpilledDocument(NamedTuple):
-    """One document as it comes back."""
+class Documents(NamedTuple):
+    """Documents one after another."""
 
-    number: int
-    hash: int
-    ids: npt.NDArray[np.integer[Any]]
-    """Separator first; a view of the bucket, valid while it is read."""
-    num_bytes: int
+    numbers: Numbers
+    """[n]; places in the input."""
+    hashes: Words
+    """[n]"""
+    num_tokens: Numbers
+    """[n]; separators count."""
+    num_bytes: Numbers
+    """[n]; UTF-8 bytes of the texts."""
+    ids: Ids
+    """[sum of `num_tokens`]; of each document its separator first."""
+
+    def take(self, places: Numbers | npt.NDArray[np.bool_]) -> Documents:
+        """The documents at `places`, in that order."""
+        starts = np.cumsum(self.num_tokens) - self.num_tokens
+        sizes = self.num_tokens[places]
+        ids = _gather(self.ids, starts[places], sizes)
+        return Documents(self.numbers[places], self.hashes[places], sizes, self.num_bytes[places], ids)
 
 
 @overload
@@ -56,56 +77,94 @@ def num_buckets(num_bytes: int) -> int:
 
 
 class Spill:
-    """Documents on their way through the shuffle; `write` all, then read `documents` once."""
+    """Documents on their way through the shuffle; `write` all, then read `blocks` once."""
 
     def __init__(self, folder: Path, buckets: int, dtype: np.dtype[Any]) -> None:
         folder.mkdir()
         self._paths = [folder / f"bucket-{number:03d}" for number in range(buckets)]
         self._files: list[BinaryIO] = [path.open("wb") for path in self._paths]
         self._dtype = dtype
+        self._waiting: list[Documents] = []
 
-    def write(
-        self,
-        first_number: int,
-        hashes: Words,
-        ids: npt.NDArray[np.integer[Any]],
-        num_tokens: npt.NDArray[np.int64],
-        num_bytes: npt.NDArray[np.int64],
-    ) -> None:
-        """Append documents numbered from `first_number`; `ids` holds them one after another, the rest is [n]."""
-        ends = np.cumsum(num_tokens)
-        each = zip(hashes.tolist(), ends.tolist(), num_tokens.tolist(), num_bytes.tolist(), strict=True)
-        for number, (word, end, size, text_bytes) in enumerate(each, start=first_number):
-            file = self._files[word * len(self._files) >> 64]
-            file.write(_HEADER.pack(number, word, size, text_bytes))
-            file.write(ids[end - size : end].data)
+    def write(self, documents: Documents) -> None:
+        """Append documents; `ids` are in the spill's dtype."""
+        assert documents.ids.dtype == self._dtype, "ids are stored as they come"
+        self._waiting.append(documents)
+        if sum(len(waiting.ids) for waiting in self._waiting) >= RECORD_TOKENS:
+            self._deal()
 
-    def documents(self) -> Iterator[SpilledDocument]:
-        """All documents, sorted by hash; each bucket is deleted when it has been read."""
+    def blocks(self) -> Iterator[Documents]:
+        """All documents sorted by hash; valid until the next block. A bucket is deleted when it has been read."""
+        self._deal()
         self.close()
         for path in self._paths:
             if path.stat().st_size:
-                yield from self._bucket(np.asarray(np.memmap(path, np.uint8, "r")))
+                yield from _blocks(np.asarray(np.memmap(path, np.uint8, "r")), self._dtype)
             path.unlink()
 
     def close(self) -> None:
-        """Flush and close the files; a second call does nothing."""
+        """Close the files; a second call does nothing."""
         for file in self._files:
             file.close()
 
-    def _bucket(self, content: npt.NDArray[np.uint8]) -> Iterator[SpilledDocument]:
-        places = np.fromiter(self._places(content), np.uint64).reshape(-1, 2)
-        for place in places[np.argsort(places[:, 0]), 1].tolist():
-            number, word, size, text_bytes = _HEADER.unpack_from(content.data, place)
-            first = place + _HEADER.size
-            ids = content[first : first + size * self._dtype.itemsize].view(self._dtype)
-            yield SpilledDocument(number, word, ids, text_bytes)
+    def _deal(self) -> None:
+        """Append what waits to the buckets."""
+        if not self._waiting:
+            return
+        documents = Documents(*(np.concatenate(columns) for columns in zip(*self._waiting, strict=True)))
+        self._waiting.clear()
+        # The hash's high half decides, so that buckets follow one another in order of hash.
+        buckets = (documents.hashes >> np.uint64(32)) * np.uint64(len(self._files)) >> np.uint64(32)
+        order = np.argsort(buckets, kind="stable")
+        bounds = buckets[order].searchsorted(np.arange(len(self._files) + 1, dtype=np.uint64)).tolist()
+        for file, (first, end) in zip(self._files, pairwise(bounds), strict=True):
+            if first < end:
+                _write_record(file, documents.take(order[first:end]))
 
-    def _places(self, content: npt.NDArray[np.uint8]) -> Iterator[int]:
-        """Hash and place of each document, one after the other."""
-        place = 0
-        while place < len(content):
-            _, word, size, _ = _HEADER.unpack_from(content.data, place)
-            yield word
-            yield place
-            place += _HEADER.size + size * self._dtype.itemsize
+
+def _write_record(file: BinaryIO, documents: Documents) -> None:
+    file.write(_HEADER.pack(len(documents.numbers), len(documents.ids)))
+    for column in documents[:4]:
+        file.write(column.data)
+    file.write(documents.ids.data)
+    file.write(bytes(-documents.ids.nbytes % _WORD))
+
+
+def _blocks(content: npt.NDArray[np.uint8], dtype: np.dtype[Any]) -> Iterator[Documents]:
+    """The documents of a bucket's file, sorted by hash; the file is mapped, never read as a whole."""
+    numbers, words, sizes, num_bytes, starts = np.concatenate(list(_records(content, dtype.itemsize)), axis=1)
+    hashes = words.view(np.uint64)
+    order = np.argsort(hashes)
+    ends = np.cumsum(sizes[order])
+    ids = content[: len(content) // dtype.itemsize * dtype.itemsize].view(dtype)
+    first = done = 0
+    while first < len(order):
+        last = max(first + 1, int(ends.searchsorted(done + BLOCK_TOKENS, side="right")))
+        places = order[first:last]
+        columns = numbers[places], hashes[places], sizes[places], num_bytes[places]
+        yield Documents(*columns, _gather(ids, starts[places], columns[2]))
+        first, done = last, int(ends[last - 1])
+
+
+def _records(content: npt.NDArray[np.uint8], itemsize: int) -> Iterator[Numbers]:
+    """Per record [5, n]: its four columns, and where in the file each document's ids begin, counted in ids."""
+    place = 0
+    while place < len(content):
+        num_documents, num_ids = _HEADER.unpack_from(content.data, place)
+        place += _HEADER.size
+        columns = content[place : place + 4 * _WORD * num_documents].view(np.int64).reshape(4, num_documents)
+        place += columns.nbytes
+        starts = place // itemsize + np.cumsum(columns[2]) - columns[2]
+        yield np.concatenate([columns, starts[np.newaxis]])
+        place += -(-num_ids * itemsize // _WORD) * _WORD
+
+
+def _gather(ids: Ids, starts: Numbers, sizes: Numbers) -> Ids:
+    """Runs of `ids` one after another; neighbours are copied together, and one run alone is not copied."""
+    if not len(starts):
+        return ids[:0]
+    ends = starts + sizes
+    firsts = np.flatnonzero(np.append(True, starts[1:] != ends[:-1]))
+    lasts = np.append(firsts[1:], len(starts)) - 1
+    runs = [ids[start:end] for start, end in zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True)]
+    return runs[0] if len(runs) == 1 else np.concatenate(runs)

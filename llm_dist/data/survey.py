@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from llm_dist import tokenizer
-from llm_dist.data.index import ShardSet, open_shards
+from llm_dist.data.index import ShardSet
 from llm_dist.data.order import Indices
+from llm_dist.data.places import open_place
 
 BATCH_DOCUMENTS = 64
 _FEWEST_BATCHES = 8
@@ -69,7 +70,7 @@ def survey(folder: str | Path, num_samples: int = 3, sample_tokens: int = 64) ->
     Raises:
         UserError: it is not a finished shard folder, or what is read of it is damaged.
     """
-    shards = open_shards(folder)
+    shards = open_place(str(folder))
     try:
         counts = np.zeros(_LONGEST_EXACT_TOKENS + 1, np.int64)
         histogram = np.zeros(64, np.int64)

@@ -9,7 +9,6 @@ only if `train` is there. Knows no sequence length, model or run.
 from __future__ import annotations
 
 import errno
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,22 +17,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm_dist.data.documents import OnBad, Split, Tally, read_files
-from llm_dist.data.encoding import encode, encode_all, long_pieces, num_workers
+from llm_dist.data.encoding import Encoder, encode_all, long_pieces, num_workers
 from llm_dist.data.folder import DTYPES
 from llm_dist.data.inputs import InputFile, find_files
 from llm_dist.data.origin import Part, SourceCounts, origin_record
-from llm_dist.data.output import Output
+from llm_dist.data.output import Hashing, Output
 from llm_dist.data.parts import ALL_TRAIN, Bytes, Parts, tail
 from llm_dist.data.shards import ShardWriter, dtype_name
-from llm_dist.data.spill import Spill, document_hashes, num_buckets
+from llm_dist.data.spill import Documents, Spill, document_hashes, num_buckets
 from llm_dist.errors import UserError
 from llm_dist.tokenizer import FILES, Tokenizer, load
 from llm_dist.tokenizer_fast import FastTokenizer, load_fast, proved
 
 _UNPACKED = 5
 """Unpacked bytes per packed byte, to guess how many buckets are needed; the result does not depend on it."""
-_HASH_BYTES = 1 << 20
+_COPY_BYTES = 1 << 20
 FAST_BYTES = 4 << 20
 """Input below which proving that tiktoken may encode costs about what it saves: half a second."""
 _SAMPLE_TEXTS, _SAMPLE_CHARACTERS = 256, 1 << 19
@@ -88,6 +89,9 @@ class TokenizeReport:
 @dataclass(frozen=True)
 class _Job:
     files: Sequence[InputFile]
+    hashing: Hashing
+    recipe: Mapping[str, Any]
+    """What decides the shards beside the inputs."""
     tokenizer: Tokenizer
     output: Output
     split: Split
@@ -131,27 +135,22 @@ def tokenize(
         with Output(Path(out)) as output:
             files = [_spooled(file, output.work) if file.path is None else file for file in files]
             tell(Progress("reading"))
-            made_from = {
-                "inputs": [_content(file) for file in files],
-                "tokenizer": tokenizer.fingerprint,
-                "seed": seed,
-                "split": split,
-                "holdout": holdout,
-            }
-            already_made = output.is_made_from(made_from)
-            if not already_made:
-                input_bytes = sum(_unpacked_bytes(file) for file in files)
-                count = num_workers(workers, input_bytes)
-                job = _Job(files, tokenizer, output, split, on_bad, seed, holdout, count, tell)
-                encoder = _make(job, made_from, Tally(num_skipped_files=num_skipped), input_bytes)
-            return _report(output, time.perf_counter() - began, None if already_made else encoder)
+            recipe = {"tokenizer": tokenizer.fingerprint, "seed": seed, "split": split, "holdout": holdout}
+            with Hashing(files) as hashing:
+                encoder = None
+                if output.is_empty() or not output.is_made_from({"inputs": hashing.result(), **recipe}):
+                    input_bytes = sum(_unpacked_bytes(file) for file in files)
+                    count = num_workers(workers, input_bytes)
+                    job = _Job(files, hashing, recipe, tokenizer, output, split, on_bad, seed, holdout, count, tell)
+                    encoder = _make(job, Tally(num_skipped_files=num_skipped), input_bytes)
+            return _report(output, time.perf_counter() - began, encoder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"{out}: the disk is full; nothing was kept; free space or name another --out") from None
 
 
-def _make(job: _Job, made_from: Mapping[str, Any], tally: Tally, input_bytes: int) -> str:
+def _make(job: _Job, tally: Tally, input_bytes: int) -> str:
     """Make and publish both parts; say what encoded them."""
     encoder = "tokenizers"
     if input_bytes >= FAST_BYTES and job.tokenizer.kind == "byte-bpe":
@@ -166,7 +165,7 @@ def _make(job: _Job, made_from: Mapping[str, Any], tally: Tally, input_bytes: in
         stack.callback(spill.close)
         num_bytes = _encode(job, tally, spill)
         parts = _parts(job, num_bytes)
-        _write(job, spill, parts, made_from, tally)
+        _write(job, spill, parts, tally)
     job.output.publish()
     return encoder
 
@@ -186,10 +185,11 @@ def _encode(job: _Job, tally: Tally, spill: Spill) -> Bytes:
     num_bytes, num_documents, num_tokens = Bytes(), 0, 0
     worker_load = load_fast if isinstance(job.tokenizer, FastTokenizer) else load
     for batch in encode_all(job.texts(tally), job.tokenizer, worker_load, job.workers):
-        hashes = document_hashes(job.seed, num_documents, len(batch.num_tokens))
-        spill.write(num_documents, hashes, *batch)
+        numbers = np.arange(num_documents, num_documents + len(batch.num_tokens))
+        hashes = document_hashes(job.seed, num_documents, len(numbers))
+        spill.write(Documents(numbers, hashes, batch.num_tokens, batch.num_bytes, batch.ids))
         num_bytes.add(hashes, batch.num_bytes)
-        num_documents += len(hashes)
+        num_documents += len(numbers)
         num_tokens += len(batch.ids)
         job.progress(Progress("encoding", num_documents, num_tokens, num_bytes.total))
     return num_bytes
@@ -204,27 +204,25 @@ def _parts(job: _Job, num_bytes: Bytes) -> Parts:
     return tail(again, num_bytes.total, job.holdout)
 
 
-def _write(job: _Job, spill: Spill, parts: Parts, made_from: Mapping[str, Any], tally: Tally) -> None:
+def _write(job: _Job, spill: Spill, parts: Parts, tally: Tally) -> None:
     """Second pass: every document to its part, in order of hash."""
     vocabulary, fingerprint = job.tokenizer.vocabulary_tokens, job.tokenizer.fingerprint
-    num_documents = num_tokens = all_bytes = 0
+    done = Progress("writing")
     with ExitStack() as stack:
         names: tuple[Part, ...] = ("train", "holdout") if job.holdout else ("train",)
         writers = [stack.enter_context(ShardWriter(job.output.work / name, vocabulary, fingerprint)) for name in names]
         sources = [SourceCounts(tally.documents_per_file) for _ in names]
-        for number, word, ids, num_bytes in spill.documents():
-            if cut := parts.cut_of(number):
-                pieces = [encode(job.tokenizer, [text]) for text in cut]
-                for writer, source, piece in zip(writers, sources, pieces, strict=True):
-                    writer.add(piece.ids, int(piece.num_bytes[0]))
-                    source.add(number, len(piece.ids), int(piece.num_bytes[0]))
-            else:
-                held = parts.holds(number, word)
-                writers[held].add(ids, num_bytes)
-                sources[held].add(number, len(ids), num_bytes)
-            num_documents, num_tokens, all_bytes = num_documents + 1, num_tokens + len(ids), all_bytes + num_bytes
-            if num_documents % 4096 == 0:
-                job.progress(Progress("writing", num_documents, num_tokens, all_bytes))
+        for block in spill.blocks():
+            for part, documents in _dealt(job, block, parts):
+                writers[part].add_many(documents.ids, documents.num_tokens, documents.num_bytes)
+                sources[part].add_many(documents.numbers, documents.num_tokens, documents.num_bytes)
+            done = replace(
+                done,
+                num_documents=done.num_documents + len(block.numbers),
+                num_tokens=done.num_tokens + len(block.ids),
+                num_bytes=done.num_bytes + int(block.num_bytes.sum()),
+            )
+            job.progress(done)
         outcome = {
             "holdout_how": parts.how,
             "num_files": tally.num_files,
@@ -233,12 +231,27 @@ def _write(job: _Job, spill: Spill, parts: Parts, made_from: Mapping[str, Any], 
             "num_bad_records": tally.num_bad_records,
             "first_bad": tally.first_bad,
         }
+        made_from = {"inputs": job.hashing.result(), **job.recipe, "outcome": outcome}
         tokenizer_files = [job.tokenizer.folder / name for name in FILES]
         for name, writer, source in zip(names, writers, sources, strict=True):
-            documents = origin_record(name, tally.documents_per_file, parts)
-            record = {**made_from, "outcome": outcome, "documents": documents, "sources": source.record()}
-            writer.close(tokenizer_files, record)
-    job.progress(Progress("writing", num_documents, num_tokens, all_bytes))
+            record = origin_record(name, tally.documents_per_file, parts)
+            writer.close(tokenizer_files, {**made_from, "documents": record, "sources": source.record()})
+
+
+def _dealt(job: _Job, block: Documents, parts: Parts) -> Iterator[tuple[int, Documents]]:
+    """The documents of a block by part, 0 or 1, those of a part in the block's order."""
+    insides = parts.masks(block.numbers, block.hashes)
+    if parts.cut is None or parts.tail_from not in block.numbers:
+        yield from ((part, block.take(inside)) for part, inside in enumerate(insides) if inside.any())
+        return
+    places = np.arange(len(block.numbers))
+    cut = int(np.flatnonzero(block.numbers == parts.tail_from)[0])
+    encoder = Encoder(job.tokenizer)
+    for part, (inside, text) in enumerate(zip(insides, parts.cut, strict=True)):
+        piece = encoder.encode([text])
+        yield part, block.take(places[inside & (places < cut)])
+        yield part, Documents(block.numbers[[cut]], block.hashes[[cut]], piece.num_tokens, piece.num_bytes, piece.ids)
+        yield part, block.take(places[inside & (places > cut)])
 
 
 def _report(output: Output, seconds: float, encoder: str | None) -> TokenizeReport:
@@ -273,16 +286,8 @@ def _spooled(file: InputFile, folder: Path) -> InputFile:
 
     path = folder / "standard_input.txt"
     with path.open("wb") as spool:
-        shutil.copyfileobj(sys.stdin.buffer, spool, _HASH_BYTES)
+        shutil.copyfileobj(sys.stdin.buffer, spool, _COPY_BYTES)
     return replace(file, path=path)
-
-
-def _content(file: InputFile) -> dict[str, Any]:
-    """Name, size and sha256 of an input file as it lies on disk."""
-    assert file.path is not None, "standard input has been spooled"
-    with file.path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256")
-        return {"name": file.name, "bytes": stream.tell(), "sha256": sha256.hexdigest()}
 
 
 def _unpacked_bytes(file: InputFile) -> int:

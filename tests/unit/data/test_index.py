@@ -86,16 +86,6 @@ def test_document_starts_come_from_the_index(written, start: int, count: int) ->
     np.testing.assert_array_equal(shards.document_starts(start, count), np.flatnonzero(circle(begins, start, count)))
 
 
-@given(starts=st.lists(st.integers(0, 3000), max_size=20), count=st.integers(1, 700))
-def test_marks_are_document_starts(written, starts: list[int], count: int) -> None:
-    shards, _ = written
-    marks = shards.document_marks(np.array(starts, np.int64), count)
-    assert marks.shape == (len(starts), count)
-    for row, start in zip(marks, starts, strict=True):
-        assert set(row.tolist()) <= {0, 1}
-        np.testing.assert_array_equal(np.flatnonzero(row), shards.document_starts(start, count))
-
-
 def test_a_piece_of_one_chunk_is_mapped_not_copied(written) -> None:
     tokens = written[0].tokens(3, 20)
     assert not tokens.flags.owndata

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import tarfile
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
+from llm_dist.data import shards
 from llm_dist.data.folder import BLOCK_TOKENS, CONTINUES
 from llm_dist.data.shards import CHUNK_TOKENS, ShardWriter, dataset_fingerprint, dtype_name
 
@@ -128,6 +130,61 @@ def test_documents_stay_whole_unless_longer_than_a_chunk(
     totals = sum(lengths), len(lengths), sum(num_bytes for _, num_bytes in documents)
     assert (dataset["num_tokens"], dataset["num_documents"], dataset["num_bytes"]) == totals
     assert int(rows["num_bytes"].sum()) == totals[2]
+
+
+def chunks_of(lengths: Sequence[int], chunk_tokens: int) -> list[list[int]]:
+    """The rule by which documents go to chunks, in plain words: lengths of the pieces of each chunk."""
+    chunks: list[list[int]] = [[]]
+    for length in lengths:
+        if length > chunk_tokens - sum(chunks[-1]):
+            chunks.append([])
+        chunks[-1].append(min(length, chunk_tokens))
+        chunks += [[min(length - done, chunk_tokens)] for done in range(chunk_tokens, length, chunk_tokens)]
+    return chunks[not chunks[0] :]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    groups=st.lists(st.lists(st.integers(1, 40), max_size=12), min_size=1, max_size=6).filter(any),
+    chunk_tokens=st.integers(1, 32),
+)
+def test_many_at_once_give_the_bytes_of_one_by_one(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[list[int]], chunk_tokens: int
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    documents = iter(some_documents([length for group in groups for length in group]))
+    lengths = [length for group in groups for length in group]
+    sizes = {"chunk_tokens": chunk_tokens, "shard_bytes": 6000}
+    with patch("os.fsync"):
+        one_by_one = write(folder / "one", some_documents(lengths), **sizes)
+        with ShardWriter(folder / "many", 1000, "tokenizer-sha", **sizes) as writer:
+            for group in groups:
+                own = [next(documents) for _ in group]
+                ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in own)])
+                # The caller's array is its own again as soon as the call is over.
+                writer.add_many(ids, np.array(group, np.int64), np.array([size for _, size in own], np.int64))
+                ids[:] = 999
+            many = writer.close([Path(__file__)], {"seed": 3})
+    assert many == one_by_one
+    for path in (folder / "one").iterdir():
+        assert path.is_dir() or path.read_bytes() == (folder / "many" / path.name).read_bytes()
+    ends = arrays(folder / "many", ".docs.npy")
+    assert [np.diff(each, prepend=0).tolist() for each in ends] == chunks_of(lengths, chunk_tokens)
+
+
+def test_a_thread_that_cannot_write_stops_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards._Shard, "append", full)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        ShardWriter(tmp_path / "out", 1000, "tokenizer-sha", chunk_tokens=4) as writer,
+    ):
+        for _ in range(3):
+            writer.add(np.arange(4), 4)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shard-writer")]
 
 
 def test_the_same_documents_give_the_same_bytes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_dist import tokenizer as tokenizers
-from llm_dist.data import encoding, shards, spill
+from llm_dist.data import encoding, output, shards, spill
 from llm_dist.data import tokenize as job
 from llm_dist.data.documents import Document
 from llm_dist.data.folder import CONTINUES
 from llm_dist.data.parts import tail
-from llm_dist.data.spill import document_hashes
+from llm_dist.data.spill import Documents, Spill, document_hashes
 from llm_dist.data.tokenize import Progress, TokenizeReport, tokenize
 from llm_dist.errors import UserError
 from llm_dist.tokenizer_fast import MISSING
@@ -112,8 +113,74 @@ def test_the_result_depends_on_neither_workers_nor_batches_nor_buckets(
     run(corpus, tiny_tokenizer, tmp_path / "one")
     monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 7)
     monkeypatch.setattr(spill, "BUCKET_BYTES", 1000)
+    monkeypatch.setattr(spill, "RECORD_TOKENS", 1000)
+    monkeypatch.setattr(spill, "BLOCK_TOKENS", 300)
     run(corpus, tiny_tokenizer, tmp_path / "two", workers=2)
     assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    batches=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=8), min_size=1, max_size=8),
+    buckets=st.integers(1, 5),
+    record_tokens=st.integers(1, 100),
+    block_tokens=st.integers(1, 60),
+    dtype=st.sampled_from(["<u2", "<u4"]),
+)
+def test_blocks_are_all_documents_in_order_of_hash(
+    tmp_path_factory: pytest.TempPathFactory,
+    batches: list[list[int]],
+    buckets: int,
+    record_tokens: int,
+    block_tokens: int,
+    dtype: str,
+) -> None:
+    expected: dict[int, tuple[int, int, list[int]]] = {}
+    number = 0
+    with patch.object(spill, "RECORD_TOKENS", record_tokens), patch.object(spill, "BLOCK_TOKENS", block_tokens):
+        shuffle = Spill(tmp_path_factory.mktemp("spill") / "s", buckets, np.dtype(dtype))
+        for sizes in batches:
+            hashes = document_hashes(1, number, len(sizes))
+            texts = [[number + place, *range(1, size)] for place, size in enumerate(sizes)]
+            numbers = np.arange(number, number + len(sizes))
+            ids = np.array([id_ for text in texts for id_ in text], dtype)
+            shuffle.write(Documents(numbers, hashes, np.array(sizes), np.array(sizes) * 3, ids))
+            rows = zip(numbers.tolist(), [3 * size for size in sizes], texts, strict=True)
+            expected |= dict(zip(hashes.tolist(), rows, strict=True))
+            number += len(sizes)
+        found = {}
+        for block in shuffle.blocks():
+            assert len(block.ids) <= block_tokens or len(block.numbers) == 1
+            assert block.ids.dtype == dtype
+            texts = [piece.tolist() for piece in np.split(block.ids, np.cumsum(block.num_tokens)[:-1])]
+            rows = zip(block.numbers.tolist(), block.num_bytes.tolist(), texts, strict=True)
+            found |= dict(zip(block.hashes.tolist(), rows, strict=True))
+    assert list(found) == sorted(expected)
+    assert found == expected
+
+
+def test_what_is_large_is_neither_copied_nor_dealt_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "BLOCK_TOKENS", 100)
+    shuffle = Spill(tmp_path / "s", 1, np.dtype("<u2"))
+    ids = np.arange(1060, dtype=np.uint16)
+    hashes = np.array([5, 9, 7], np.uint64)
+    shuffle.write(Documents(np.arange(3), hashes, np.array([50, 1000, 10]), np.array([1, 2, 3]), ids))
+    small, large = shuffle.blocks()
+    assert (small.numbers.tolist(), large.numbers.tolist()) == ([0, 2], [1])
+    assert not large.ids.flags.owndata
+    assert large.ids.tolist() == ids[50:1050].tolist()
+    assert np.shares_memory(large.take(np.array([True])).ids, large.ids)
+    assert not list((tmp_path / "s").iterdir()), "read buckets are gone"
+
+
+def test_documents_are_taken_in_any_order() -> None:
+    sizes = np.array([2, 3, 1, 4])
+    documents = Documents(np.arange(4), np.arange(4, dtype=np.uint64), sizes, 10 * sizes, np.arange(10))
+    taken = documents.take(np.array([3, 0, 1]))
+    assert taken.ids.tolist() == [6, 7, 8, 9, 0, 1, 2, 3, 4]
+    assert (taken.numbers.tolist(), taken.num_tokens.tolist()) == ([3, 0, 1], [4, 2, 3])
+    assert documents.take(np.array([False, True, True, False])).ids.tolist() == [2, 3, 4, 5]
+    assert documents.take(np.zeros(4, np.bool_)).ids.tolist() == []
 
 
 def test_the_result_does_not_depend_on_what_encodes(
@@ -122,12 +189,15 @@ def test_the_result_does_not_depend_on_what_encodes(
     slow = run(corpus, tiny_tokenizer, tmp_path / "slow")
     monkeypatch.setattr(job, "FAST_BYTES", 0)
     fast = run(corpus, tiny_tokenizer, tmp_path / "fast", workers=2)
+    with patch.object(encoding, "MOST_THREADS", 0):
+        run(corpus, tiny_tokenizer, tmp_path / "fast processes", workers=2)
     again = run(corpus, tiny_tokenizer, tmp_path / "fast")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     missing = run(corpus, tiny_tokenizer, tmp_path / "missing")
     assert (slow.encoder, fast.encoder, again.encoder) == ("tokenizers", "tiktoken", None)
     assert missing.encoder == f"tokenizers ({MISSING})"
     assert content(tmp_path / "slow") == content(tmp_path / "fast") == content(tmp_path / "missing")
+    assert content(tmp_path / "slow") == content(tmp_path / "fast processes")
 
 
 GOLDEN_HASHES = [5199774590669546748, 4158004636484536377, 9787839334247058293]
@@ -223,14 +293,20 @@ def kill_at_call(owner: object, name: str, calls: int) -> None:
 
 
 KILLS = {
+    "while inputs are hashed": (output.Hashing, "_content", 2),
     "while documents are spilled": (spill.Spill, "write", 2),
-    "while shards are written": (shards.ShardWriter, "add", 40),
+    "while they are dealt to buckets": (spill, "_write_record", 7),
+    "while buckets are read": (spill, "_blocks", 3),
+    "while a block is gathered": (spill, "_gather", 40),
+    "while chunks are filled": (shards.ShardWriter, "add_many", 7),
+    "while a thread writes a chunk": (shards._Shard, "_member", 2),
+    "while a thread ends a shard": (shards._Shard, "close", 1),
     "before train is renamed into place": (Path, "rename", -1),
 }
 
 
 def tokenize_and_die(corpus: Path, tokenizer: Path, out: Path, when: str, calls: int) -> None:
-    encoding.BATCH_DOCUMENTS = 50
+    encoding.BATCH_DOCUMENTS, spill.BUCKET_BYTES, spill.RECORD_TOKENS, spill.BLOCK_TOKENS = 50, 8000, 2000, 500
     owner, name, fixed = KILLS[when]
     kill_at_call(owner, name, calls if fixed < 0 else fixed)
     run(corpus, tokenizer, out)
