@@ -30,7 +30,7 @@ from llm_dist.errors import UserError
 from llm_dist.tokenizer import KINDS, Tokenizer
 from llm_dist.tokenizer_fast import FastTokenizer
 
-BATCH_CHARACTERS = 1 << 19
+BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
 BATCHES_AHEAD = 3
 """Batches in flight per worker: enough to keep it busy while the reader waits for another."""
@@ -90,8 +90,8 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode one batch."""
         pieces = [list(long_pieces(self._tokenizer.kind, text)) for text in texts]
-        batches = [self._pieces.encode(batch) for batch in _batches(piece for each in pieces for piece in each)]
-        ids, sizes = (np.concatenate(columns) for columns in zip(*batches, strict=True))
+        encoded = map(self._pieces.encode, batches(piece for each in pieces for piece in each))
+        ids, sizes = (np.concatenate(columns) for columns in zip(*encoded, strict=True))
         assert int(ids.max()) < self._tokenizer.vocabulary_tokens, "an id outside the vocabulary"
         if len(sizes) > len(texts):
             firsts = np.cumsum([0, *map(len, pieces)])[:-1]
@@ -186,8 +186,8 @@ def _cut(joined: str, num_texts: int) -> str | None:
     """A batch with its cuts; None where a text itself holds a mark, or wide white space stands beside other."""
     if joined.count(_END) != num_texts or _CUT in joined:
         return None
-    content = np.frombuffer(joined.encode(), np.uint8)
-    classes = np.frombuffer(content.tobytes().translate(_CLASSES), np.uint8)
+    utf8 = joined.encode()
+    content, classes = (np.frombuffer(each, np.uint8) for each in (utf8, utf8.translate(_CLASSES)))
     blank = classes == _BLANK
     if _is_wide_beside_space(content, classes):
         return None
@@ -227,12 +227,12 @@ def encode_all(texts: Iterable[str], tokenizer: Tokenizer, load: Load, workers: 
         UserError: a worker process died.
     """
     if workers == 1:
-        yield from map(Encoder(tokenizer).encode, _batches(texts))
+        yield from map(Encoder(tokenizer).encode, batches(texts))
         return
     pool, run = _pool(tokenizer, load, workers)
     waiting: deque[Future[Encoded]] = deque()
     try:
-        for batch in _batches(texts):
+        for batch in batches(texts):
             waiting.append(pool.submit(run, batch))
             if len(waiting) >= BATCHES_AHEAD * workers:
                 yield waiting.popleft().result()
@@ -263,7 +263,8 @@ def num_workers(wanted: int | None, input_bytes: int) -> int:
     return wanted or max(1, min(cores, input_bytes // BYTES_PER_WORKER))
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts that are encoded together."""
     batch: list[str] = []
     size = 0
     for text in texts:

@@ -29,6 +29,8 @@ _HEDGE_SECONDS = 0.05, 30.0
 """A second request is never made before the first of these, and always after the second."""
 _FIRST_PATIENCE_SECONDS, _WHOLE_FILE_PATIENCE_SECONDS = 1.0, 5.0
 """When a second request is made while too few answers are known, and of a file whose size is not known."""
+_DEADLINE_PATIENCES = 20
+"""An attempt has failed after so many times the patience, if that is sooner; each next one is given twice as long."""
 _FEWEST_SAMPLES, _SAMPLES = 20, 200
 _BLOCKING_THREADS = 32
 _CONNECTIONS = 100
@@ -69,7 +71,7 @@ class Fetcher:
             if attempt:
                 wait([self._closed], random.uniform(0, min(longest, 0.1 * 4 ** (attempt - 1))))
             try:
-                content = self._hedged(name, first, end)
+                content = self._hedged(name, first, end, 2**attempt)
             except Exception as error:  # noqa: BLE001 (the errors of fsspec's protocols have no class in common)
                 if self._closed.done():
                     raise RuntimeError(f"{self.url}/{name}: closed while it was read") from None
@@ -94,9 +96,10 @@ class Fetcher:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _hedged(self, name: str, first: int, end: int | None) -> bytes:
+    def _hedged(self, name: str, first: int, end: int | None, stretch: int) -> bytes:
         """The first good answer of one request or, where that is slow, of two."""
-        patience, deadline = self._patience_and_deadline(end)
+        patience, longest = self._patience_and_deadline(end)
+        deadline = min(longest, stretch * _DEADLINE_PATIENCES * patience)
         began = time.monotonic()
         asked = {self._ask(name, first, end): began}
         only = next(iter(asked))
@@ -123,14 +126,18 @@ class Fetcher:
                 answer.cancel()
 
     def _patience_and_deadline(self, end: int | None) -> tuple[float, float]:
-        """Seconds after which a request is slow, those that 95 % of the last ones took; and after which it failed."""
+        """Seconds after which a request is slow, and after which it has failed in any case.
+
+        Slow is what takes longer than 95 % of the last ones and, as all may be alike, twice as long as half of them.
+        """
         if end is None:
             return _WHOLE_FILE_PATIENCE_SECONDS, WHOLE_FILE_DEADLINE_SECONDS
         known = list(self._latencies)
         if len(known) < _FEWEST_SAMPLES:
             return _FIRST_PATIENCE_SECONDS, DEADLINE_SECONDS
         shortest, longest = _HEDGE_SECONDS
-        return min(longest, max(shortest, statistics.quantiles(known, n=20)[-1])), DEADLINE_SECONDS
+        twentieths = statistics.quantiles(known, n=20)
+        return min(longest, max(shortest, twentieths[-1], 2 * twentieths[9])), DEADLINE_SECONDS
 
     def _ask(self, name: str, first: int, end: int | None) -> Future[bytes]:
         path = f"{self._root}/{name}"
@@ -166,8 +173,8 @@ def _filesystem_of(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0]
     try:
-        # One of its own, because it is set up below.
-        filesystem, root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+        # fsspec keeps it for ever, which is well: one that goes waits for its thread, which may wait for this one.
+        filesystem, root = fsspec.core.url_to_fs(url, **_options(protocol))
     except ImportError as error:
         raise UserError(
             f"{url}: {protocol} needs a package that is missing ({_line(error)}); pip install 'llm_dist[remote]' "
@@ -175,9 +182,16 @@ def _filesystem_of(url: str) -> tuple[Any, str]:
         ) from None
     except ValueError as error:
         raise UserError(f"{url}: {_line(error)}; name a folder, or a URL that fsspec knows") from None
-    if protocol in ("s3", "s3a"):
-        # s3fs and botocore below it would both multiply our attempts with their own.
-        filesystem.retries = 1
-        ours = {"max_pool_connections": _CONNECTIONS, "retries": {"total_max_attempts": 1}}
-        filesystem.config_kwargs = {**ours, **filesystem.config_kwargs}
+    if "config_kwargs" in filesystem.storage_options and hasattr(filesystem, "retries"):
+        filesystem.retries = 1  # s3fs would multiply our attempts with its own
     return filesystem, root.rstrip("/")
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """Beside what fsspec's configuration file says: botocore would multiply our attempts, too."""
+    import fsspec
+
+    if protocol not in ("s3", "s3a"):
+        return {}
+    ours = {"max_pool_connections": _CONNECTIONS, "retries": {"total_max_attempts": 1}}
+    return {"config_kwargs": {**ours, **fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})}}

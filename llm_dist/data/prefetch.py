@@ -6,12 +6,18 @@ requests over the steps before. Knows no network.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from llm_dist.data.reading import Reading
 
 PREFETCH_SEQUENCES = 1 << 12
 """Of one rank."""
 _TELL_SEQUENCES = 1 << 9
-"""Told at once: fewer make the permutation dear, more come too early."""
+"""Whose places are computed at once: fewer make the permutation dear, more come too early."""
+_TELLS = 2
+"""At each advance, so that the first one keeps nobody waiting and the next ones catch up."""
+_FIRST_SEQUENCES = 1 << 6
+"""What is read at once at the start."""
 _CELLS_REMEMBERED = 1 << 12
 
 
@@ -27,18 +33,26 @@ class Prefetcher:
         self._told: dict[tuple[int, int, int], None] = {}
 
     def advance(self, step: int) -> None:
-        """Tell what steps until PREFETCH_SEQUENCES behind `step` read, the nearest first."""
-        if not self._told_until - 2 * self._ahead_steps <= step <= self._told_until:
-            self._told_until = step  # somebody jumped
-        while self._told_until < step + self._ahead_steps:
+        """Tell what more of the steps until PREFETCH_SEQUENCES behind `step` read, the nearest first."""
+        if not self._told_until - 2 * self._ahead_steps <= step <= self._told_until or not self._told:
+            self._told_until = step  # somebody jumped, or begins
+            self._tell_rows(range(step, step + max(1, _FIRST_SEQUENCES // max(1, len(self._rows)))))
+        for _ in range(_TELLS):
+            if self._told_until >= step + self._ahead_steps:
+                return
             steps = range(self._told_until, self._told_until + self._tell_steps)
-            self._tell(steps)
+            self._tell_cells(steps)
             self._told_until = steps.stop
 
-    def _tell(self, steps: range) -> None:
-        places = self._reading.places(steps, self._rows)
-        each = zip(*(array.ravel().tolist() for array in places), strict=True)
-        for number, epoch, window in each:
+    def _tell_rows(self, steps: range) -> None:
+        """Somebody waits for these already, and not for the rest of their cells."""
+        for number, epoch, window in self._windows(steps):
+            source = self._reading.sources[number]
+            for span in source.packing.spans(epoch, window):
+                source.shards.prefetch(span.start, span.num_tokens + 1)
+
+    def _tell_cells(self, steps: range) -> None:
+        for number, epoch, window in self._windows(steps):
             source = self._reading.sources[number]
             cell = number, epoch, window // source.packing.cell_windows
             if cell not in self._told:
@@ -46,3 +60,8 @@ class Prefetcher:
                 source.shards.prefetch(*source.packing.cell(epoch, cell[2]))
         while len(self._told) > _CELLS_REMEMBERED:
             del self._told[next(iter(self._told))]
+
+    def _windows(self, steps: range) -> Iterator[tuple[int, int, int]]:
+        """Source, epoch and window of each row."""
+        places = self._reading.places(steps, self._rows)
+        return zip(*(array.ravel().tolist() for array in places), strict=True)

@@ -27,8 +27,8 @@ from llm_dist.data.folder import BLOCK_TOKENS, CHECKSUMS, DATASET, INDEX, TOKENI
 from llm_dist.data.index import ShardSet, read_chunks
 from llm_dist.errors import UserError
 
-THREADS = 16
-"""Requests at once, of what is asked for and of what will be."""
+ASKED_REQUESTS, AHEAD_REQUESTS = 32, 16
+"""At once, of what is asked for and of what will be; the first are small, and somebody waits for them."""
 _ENDS_KEPT = 4096
 _ARRIVALS = 3
 """How often something may arrive damaged before its source is called so."""
@@ -139,8 +139,8 @@ def _table(content: bytes) -> dict[str, Any]:
 class _Lane:
     """Requests of one urgency."""
 
-    def __init__(self, name: str) -> None:
-        self.threads = ThreadPoolExecutor(THREADS, name)
+    def __init__(self, name: str, requests: int) -> None:
+        self.threads = ThreadPoolExecutor(requests, name)
         self.coming: dict[int, Future[None]] = {}
         """By item."""
 
@@ -163,7 +163,7 @@ class RemoteTokens:
         self._is_proved = np.zeros(self._num_blocks + len(chunks), np.bool_)
         """Items that have been in the cache and whole; they may have been evicted since."""
         self._lock = threading.Lock()
-        self._asked, self._ahead = _Lane("data.asked"), _Lane("data.ahead")
+        self._asked, self._ahead = _Lane("data.asked", ASKED_REQUESTS), _Lane("data.ahead", AHEAD_REQUESTS)
         self._wants_ends = False
         """Whether document ends have been asked for, so that they should come with their chunk's tokens."""
         self._lately: Integers = np.empty(0, np.int64)

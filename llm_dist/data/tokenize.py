@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from llm_dist.data.documents import OnBad, Split, Tally, read_files
-from llm_dist.data.encoding import Encoder, encode_all, long_pieces, num_workers
+from llm_dist.data.encoding import Encoded, Encoder, batches, encode_all, long_pieces, num_workers
 from llm_dist.data.folder import DTYPES
 from llm_dist.data.inputs import InputFile, find_files
 from llm_dist.data.origin import Part, SourceCounts, origin_record
@@ -152,22 +153,24 @@ def tokenize(
 
 def _make(job: _Job, tally: Tally, input_bytes: int) -> str:
     """Make and publish both parts; say what encoded them."""
-    encoder = "tokenizers"
-    if input_bytes >= FAST_BYTES and job.tokenizer.kind == "byte-bpe":
-        found = proved(job.tokenizer, _sample(job))
-        if isinstance(found, str):
-            encoder = f"tokenizers ({found})"
-        else:
-            job, encoder = replace(job, tokenizer=found), "tiktoken"
     dtype = DTYPES[dtype_name(job.tokenizer.vocabulary_tokens)]
     spill = Spill(job.output.work / "spill", num_buckets(input_bytes), dtype)
     with ExitStack() as stack:
         stack.callback(spill.close)
-        num_bytes = _encode(job, tally, spill)
+        fastest = stack.enter_context(ThreadPoolExecutor(1, "proof")).submit(_fastest, job, input_bytes)
+        num_bytes = _encode(job, fastest, tally, spill)
         parts = _parts(job, num_bytes)
         _write(job, spill, parts, tally)
     job.output.publish()
-    return encoder
+    return fastest.result()[1]
+
+
+def _fastest(job: _Job, input_bytes: int) -> tuple[Tokenizer, str]:
+    """The fastest tokenizer that is proved to give the same ids, and what to call it."""
+    if input_bytes < FAST_BYTES or job.tokenizer.kind != "byte-bpe":
+        return job.tokenizer, "tokenizers"
+    found = proved(job.tokenizer, _sample(job))
+    return (job.tokenizer, f"tokenizers ({found})") if isinstance(found, str) else (found, "tiktoken")
 
 
 def _sample(job: _Job) -> list[str]:
@@ -180,11 +183,10 @@ def _sample(job: _Job) -> list[str]:
     return sample
 
 
-def _encode(job: _Job, tally: Tally, spill: Spill) -> Bytes:
+def _encode(job: _Job, fastest: Future[tuple[Tokenizer, str]], tally: Tally, spill: Spill) -> Bytes:
     """First pass: every document to its bucket."""
     num_bytes, num_documents, num_tokens = Bytes(), 0, 0
-    worker_load = load_fast if isinstance(job.tokenizer, FastTokenizer) else load
-    for batch in encode_all(job.texts(tally), job.tokenizer, worker_load, job.workers):
+    for batch in _encoded(job, fastest, tally):
         numbers = np.arange(num_documents, num_documents + len(batch.num_tokens))
         hashes = document_hashes(job.seed, num_documents, len(numbers))
         spill.write(Documents(numbers, hashes, batch.num_tokens, batch.num_bytes, batch.ids))
@@ -193,6 +195,16 @@ def _encode(job: _Job, tally: Tally, spill: Spill) -> Bytes:
         num_tokens += len(batch.ids)
         job.progress(Progress("encoding", num_documents, num_tokens, num_bytes.total))
     return num_bytes
+
+
+def _encoded(job: _Job, fastest: Future[tuple[Tokenizer, str]], tally: Tally) -> Iterator[Encoded]:
+    texts, encoder = job.texts(tally), Encoder(job.tokenizer)
+    first_batches = batches(texts)
+    # Ids are the same whoever encodes, so the slower one begins while the faster one is being proved.
+    while not fastest.done() and (batch := next(first_batches, None)):
+        yield encoder.encode(batch)
+    tokenizer, _ = fastest.result()
+    yield from encode_all(texts, tokenizer, load_fast if isinstance(tokenizer, FastTokenizer) else load, job.workers)
 
 
 def _parts(job: _Job, num_bytes: Bytes) -> Parts:

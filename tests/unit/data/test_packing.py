@@ -1,5 +1,6 @@
 """Rows of tokens as they stand in the text, whichever way documents are laid into sequences."""
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,7 +107,9 @@ def test_a_bins_documents_and_its_padding_are_told_apart(shards, stream, folder,
         begins = np.flatnonzero(np.diff(ids[:end])) + 1
         spans = packing.spans(0, window)
         assert begins.tolist() == [span.row_token for span in spans[1:]]
-        assert all(len(set(documents[first:last].tolist())) == 1 for first, last in zip([0, *begins], [*begins, end]))
+        assert all(
+            len(set(documents[first:last].tolist())) == 1 for first, last in itertools.pairwise([0, *begins, end])
+        )
         assert set(ids[end:].tolist()) <= {ids[end - 1] + 1}
         assert stream.is_start[[span.start for span in spans if sequence_tokens > max(LENGTHS)]].all()
 
@@ -164,7 +167,7 @@ def test_a_source_shorter_than_a_sequence_fits_a_bin(tmp_path: Path, tiny_tokeni
     rows = everything(packing, 0)
     assert (packing.num_windows, rows.num_scored.tolist()) == (1, [6])
     np.testing.assert_array_equal(rows.inputs[0, :6], stream.tokens)
-    with pytest.raises(UserError, match="fewer than data.sequence_tokens=20"):
+    with pytest.raises(UserError, match=r"fewer than data\.sequence_tokens=20"):
         Concatenated(open_shards(tmp_path / "train"), 20, seed=0)
 
 
@@ -182,3 +185,16 @@ def test_bins_of_many_chunks_are_counted_once(shards: ShardSet, tmp_path: Path, 
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/bins: cannot be written \(.*\); choose another data\.cache"):
         BestFit(shards, 20, tmp_path / "file")
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-5]], ids=["empty", "cut"])
+def test_a_count_of_bins_that_is_not_whole_is_made_again(shards: ShardSet, tmp_path: Path, monkeypatch, damage) -> None:
+    monkeypatch.setattr(module, "_CHUNKS_WORTH_KEEPING", 2)
+    num_windows = BestFit(shards, 20, tmp_path).num_windows
+    (path,) = (tmp_path / "bins").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert BestFit(shards, 20, tmp_path).num_windows == num_windows
+    assert path.read_bytes() == whole
+    np.save(path, np.load(path)[:-1])
+    assert BestFit(shards, 20, tmp_path).num_windows == num_windows

@@ -65,7 +65,7 @@ def test_order_hash_is_the_same_for_any_ranks(sources, first, steps, **more) -> 
     assert reading.order_hash(range(first + 1, first + 1 + steps)) not in hashes.values()
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(**READINGS, ranks=st.integers(1, 16), workers=st.integers(0, 3), most_rows=st.integers(1, 9))
 def test_any_ranks_workers_and_micro_batches_make_the_same_step(
     sources, first, ranks, workers, most_rows, **more
@@ -132,7 +132,9 @@ def test_every_source_is_read_once_per_epoch_of_its_own(sources: Sources, packin
         size = source.order.num_windows
         per_epoch = Counter(epoch for place, epoch, _ in read if place == number)
         whole_epochs, rest = divmod(count, size)
-        assert per_epoch == Counter({**dict.fromkeys(range(whole_epochs), size), **({whole_epochs: rest} if rest else {})})
+        assert per_epoch == Counter(
+            {**dict.fromkeys(range(whole_epochs), size), **({whole_epochs: rest} if rest else {})}
+        )
         if packing == "best_fit":
             of_rest = source.order.windows(np.arange(whole_epochs * size, count))
             packed = source.packing.rows(np.zeros_like(of_rest), of_rest, document_mask=False)

@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,36 +15,58 @@ from hypothesis import strategies as st
 from llm_dist import tokenizer as tokenizers
 from llm_dist.data import origin as origins
 from llm_dist.data.index import open_shards
-from llm_dist.data.order import Order, sequence_ids
+from llm_dist.data.loader import Loader
+from llm_dist.data.mixture import Segment
+from llm_dist.data.order import Order
 from llm_dist.data.origin import Origin, read_origin
 from llm_dist.data.parts import Parts
+from llm_dist.data.reading import Reading, Source
 from llm_dist.data.spill import document_hashes
 from llm_dist.data.tokenize import tokenize
-from llm_dist.data.trace import Trace, trace
+from llm_dist.data.trace import Trace, check_same_data, trace
+from llm_dist.errors import UserError
+from tests.unit.data.tiny_reading import packed
 from tests.unit.data.tiny_shards import write_shards
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "é", "狐", "<|endoftext|>", "dog"]
 SEQUENCE_TOKENS, PER_STEP = 32, 4
 
 
-def trace_all(folder: Path, seed: int = 5) -> list[Trace]:
-    """Every step of an epoch, and its rows proved against what the order reads."""
-    shards = open_shards(folder)
-    order = Order(shards.num_tokens, SEQUENCE_TOKENS, seed)
-    decode = tokenizers.load(shards.tokenizer_folder).decode
-    traces = []
-    for step in range(1, 2 + order.sequences_per_epoch // PER_STEP):
-        found = trace(shards, order, step, PER_STEP, max_characters=1 << 20)
-        _, starts = order.starts(sequence_ids(step - 1, PER_STEP))
-        for row, start in enumerate(starts.tolist()):
+def reading_of(
+    folders: Mapping[str, Path], seed: int = 5, packing: str = "concatenate", weights: Mapping[str, int] | None = None
+) -> Reading:
+    sources = []
+    for name, folder in folders.items():
+        shards = open_shards(folder)
+        packing_of = packed(shards, packing, SEQUENCE_TOKENS, seed, folder)
+        sources.append(Source(name, shards, packing_of, Order(packing_of.num_windows, packing_of.cell_windows, seed)))
+    shares = {name: Fraction(weight) for name, weight in (weights or dict.fromkeys(folders, 1)).items()}
+    return Reading(sources, [Segment(0, shares)], PER_STEP, SEQUENCE_TOKENS)
+
+
+def trace_all(folder: Path) -> list[Trace]:
+    """Every step of an epoch, and its rows proved against what is read."""
+    reading = reading_of({"train": folder})
+    return list(traced(reading, range(1, 2 + reading.sources[0].order.num_windows // PER_STEP)))
+
+
+def traced(reading: Reading, steps: range) -> Iterator[Trace]:
+    decode = tokenizers.load(reading.sources[0].shards.tokenizer_folder).decode
+    for step in steps:
+        found = trace(reading, step, max_characters=1 << 20)
+        assert (found.step, found.epochs) == (step, reading.epochs(step - 1))
+        assert [document.row for document in found.documents] == sorted(document.row for document in found.documents)
+        with Loader(reading, 1, 0, workers=0, first_step=step - 1) as loader:
+            rows = loader.rows(step - 1)
+        for row in range(PER_STEP):
             documents = [document for document in found.documents if document.row == row]
-            borders = [document.row_tokens[0] for document in documents] + [SEQUENCE_TOKENS + 1]
+            borders = [document.row_tokens[0] for document in documents] + [int(rows.scored_tokens()[row])]
+            assert borders[0] == 0
             assert [document.row_tokens for document in documents] == list(itertools.pairwise(borders))
+            assert {document.source for document in documents} == {reading.sources[int(rows.sources[row])].name}
             for document in documents:
-                first, end = document.row_tokens
-                assert document.text == decode(shards.tokens(start + first, end - first).tolist())
-        traces.append(found)
-    return traces
+                assert document.text == decode(rows.inputs[row, slice(*document.row_tokens)].tolist())
+        yield found
 
 
 def stored_text(tokenizer: tokenizers.Tokenizer, text: str, tokens: tuple[int, int]) -> str:
@@ -62,12 +86,12 @@ def test_many_small_files_are_named_by_their_text(tiny_tokenizer: Path, tmp_path
     seen: dict[str, set[str]] = {}
     for part in ("train", "holdout") if holdout else ("train",):
         for document in (document for found in trace_all(tmp_path / "out" / part) for document in found.documents):
-            assert document.source is not None
+            assert document.file is not None
             assert document.number == 1
-            assert document.text == stored_text(tokenizer, texts[document.source], document.document_tokens)
-            if document.document_tokens[0] == 0 and document.row_tokens[1] <= SEQUENCE_TOKENS:
-                assert document.text == texts[document.source], "the whole document stands in the row"
-            seen.setdefault(part, set()).add(document.source)
+            assert document.text == stored_text(tokenizer, texts[document.file], document.document_tokens)
+            if document.document_tokens[0] == 0 and document.row_tokens[1] < SEQUENCE_TOKENS:
+                assert document.text == texts[document.file], "the whole document stands in the row"
+            seen.setdefault(part, set()).add(document.file)
     assert set.union(*seen.values()) == texts.keys() - {"corpus/000.txt"}
     if holdout:
         assert not seen["train"] & seen["holdout"]
@@ -81,11 +105,11 @@ def test_a_document_of_many_is_named_by_file_and_number(tiny_tokenizer: Path, tm
     tokenize(inputs, tiny_tokenizer, tmp_path / "out", holdout=0.02, split="line", seed=9, workers=1)
     tokenizer = tokenizers.load(tiny_tokenizer)
     for found in trace_all(tmp_path / "out" / "train"):
-        assert found.note is None
+        assert found.notes == []
         for document in found.documents:
-            assert document.source is not None
+            assert document.file is not None
             assert document.number is not None
-            text = texts[document.source.removesuffix(".txt")][document.number - 1]
+            text = texts[document.file.removesuffix(".txt")][document.number - 1]
             assert document.text == stored_text(tokenizer, text, document.document_tokens)
 
 
@@ -94,7 +118,7 @@ def test_a_text_cut_for_the_holdout_is_named_in_both_parts(tiny_tokenizer: Path,
     tokenize([str(tmp_path / "a.txt")], tiny_tokenizer, tmp_path / "out", holdout=0.2, workers=1)
     for part in ("train", "holdout"):
         documents = [document for found in trace_all(tmp_path / "out" / part) for document in found.documents]
-        assert {(document.source, document.number) for document in documents} == {("a.txt", 1)}
+        assert {(document.file, document.number) for document in documents} == {("a.txt", 1)}
 
 
 def test_a_document_over_many_chunks_is_followed(tiny_tokenizer: Path, tmp_path: Path) -> None:
@@ -111,9 +135,9 @@ def test_a_document_over_many_chunks_is_followed(tiny_tokenizer: Path, tmp_path:
     chunks = set()
     for found in trace_all(tmp_path / "train"):
         for document in found.documents:
-            assert document.source is not None
+            assert document.file is not None
             assert document.number is not None
-            ids = stored[document.source, document.number]
+            ids = stored[document.file, document.number]
             assert document.text == decode(ids[slice(*document.document_tokens)])
             chunks.add((document.shard, document.chunk))
     assert {f"shard-{number // 2:06d}.tar {number % 2}" for number in range(10)} == {f"{s} {c}" for s, c in chunks}
@@ -122,10 +146,54 @@ def test_a_document_over_many_chunks_is_followed(tiny_tokenizer: Path, tmp_path:
 def test_without_the_record_everything_else_is_shown(tiny_tokenizer: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "train", [[9] * 20, [10] * 30, [11] * 40], tiny_tokenizer)
     for found in trace_all(tmp_path / "train"):
-        assert found.note is not None
-        assert found.note.endswith("tokenize again to have sources named")
-        assert {document.source for document in found.documents} == {None}
-        assert all(": source unknown, tokens " in line for line in list(found.lines())[1:])
+        (note,) = found.notes
+        assert note.startswith(f"{tmp_path}/train: ")
+        assert note.endswith("tokenize again to have files named")
+        assert {(document.file, document.number) for document in found.documents} == {(None, None)}
+        assert all(": train: file unknown, tokens " in line for line in list(found.lines())[1:])
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_each_row_of_a_mixture_is_named_by_its_source(tiny_tokenizer: Path, tmp_path: Path, packing: str) -> None:
+    """Three sources of the same file names, one of which does not say where its documents came from."""
+    texts = {name: [f"{name} {number} " + "fox " * number for number in range(1, 25)] for name in ("web", "code")}
+    folders = {}
+    for name, lines in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text("\n".join(lines))
+        tokenize(
+            [f"{tmp_path}/{name}/x.txt"], tiny_tokenizer, tmp_path / f"{name}-out", holdout=0, split="line", workers=1
+        )
+        folders[name] = tmp_path / f"{name}-out" / "train"
+    write_shards(tmp_path / "old", [[9] * length for length in (3, 70, 20)], tiny_tokenizer, chunk_tokens=32)
+    reading = reading_of({**folders, "old": tmp_path / "old"}, packing=packing, weights={"web": 2, "code": 1, "old": 1})
+    tokenizer = tokenizers.load(tiny_tokenizer)
+    seen = set()
+    for found in traced(reading, range(1, 60)):
+        assert len(found.notes) == any(document.source == "old" for document in found.documents)
+        for document in found.documents:
+            seen.add((document.source, document.file))
+            if document.source == "old":
+                continue
+            assert document.number is not None
+            text = texts[document.source][document.number - 1]
+            assert document.text == stored_text(tokenizer, text, document.document_tokens)
+    assert seen == {("web", "x.txt"), ("code", "x.txt"), ("old", None)}
+
+
+def test_other_data_than_the_run_read_is_not_traced(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_shards(tmp_path / name, [[9] * 50], tiny_tokenizer)
+    reading = reading_of({name: tmp_path / name for name in ("a", "b")})
+    now = {f"data.{source.name}": source.shards.fingerprint for source in reading.sources}
+    check_same_data(reading, now)
+    check_same_data(reading, {"data.a": now["data.a"]})  # b has joined since
+    with pytest.raises(UserError) as caught:
+        check_same_data(reading, {**now, "data.b": "7" * 64})
+    assert str(caught.value) == (
+        f"source b ({tmp_path}/b) has the fingerprint {now['data.b'][:12]}, and the run read 777777777777; "
+        "restore the folder to trace its steps"
+    )
 
 
 def test_a_record_that_fits_other_shards_is_not_believed(tiny_tokenizer: Path, tmp_path: Path) -> None:

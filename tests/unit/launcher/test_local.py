@@ -288,7 +288,7 @@ def test_raw_text_is_planned_before_it_is_tokenized(run_file, tmp_path):
     raw = config.load(run_file, ["data.train=x.txt", "data.tokenizer=t", "plan.vocabulary_tokens=777"])
     assert data_size(raw, must_exist=True) == DataSize(777, None)
     assert submission.prepare(submission.Wanted(run_file, ["data.train=x.txt", "data.tokenizer=t"], ranks=1)).ranks == 1
-    with pytest.raises(UserError, match="no-such.txt: no such"):
+    with pytest.raises(UserError, match=r"no-such\.txt: no such"):
         data_size(config.load(run_file, ["data.train=no-such.txt", "data.tokenizer=t"]), must_exist=True)
 
 
