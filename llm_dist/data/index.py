@@ -187,7 +187,7 @@ class ShardSet:
         # Between a chunk's first token and its last, documents begin where others end, and nowhere else.
         inside = (firsts > 0) & (firsts + count <= self.chunks.num_tokens[chunks])
         bounds = np.stack([firsts, firsts + count], axis=1).astype(np.uint32)
-        pieces: list[Integers] = []
+        pieces: list[Integers] = [np.empty(0, np.int64)]
         for row, (chunk, is_inside, bound) in enumerate(zip(chunks.tolist(), inside.tolist(), bounds, strict=True)):
             if is_inside:
                 ends = self._reader.ends(chunk)
@@ -195,7 +195,7 @@ class ShardSet:
                 pieces.append(ends[low:high])
             else:
                 pieces.append(self.document_starts(int(starts[row]), count) + firsts[row])
-        num_borders = np.array([len(piece) for piece in pieces], np.int64)
+        num_borders = np.array([len(piece) for piece in pieces[1:]], np.int64)
         to_row = np.repeat(np.arange(len(starts)) * count - firsts, num_borders)
         return np.concatenate(pieces) + to_row, num_borders
 
