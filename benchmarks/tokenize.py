@@ -1,7 +1,7 @@
 """`llm-dist tokenize` against the tokenizer library alone on the same cores; they take turns.
 
-The job is the whole command: a process of its own, from `.jsonl` on disk to durable shards. The library has its texts in
-memory, keeps no ids and writes nothing; of its own threads and one process per core the faster counts.
+The job is the whole command, a process of its own, from `.jsonl` on disk to durable shards. The library has its texts
+in memory, keeps no ids and writes nothing; of its own threads and one process per core the faster counts.
 """
 
 from __future__ import annotations
@@ -168,10 +168,10 @@ def _job(kind: Kind, home: Path, texts: list[str], folder: Path) -> float:
     many = _repeated(texts, kind.job_bytes)
     source.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in many), "utf-8")
     arguments = ["tokenize", str(source), "--tokenizer", str(home), "--out", str(out), "--json"]
+    command = [sys.executable, "-c", COMMAND, kind.encoder, *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, kind.encoder, *arguments], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - began
     assert json.loads(done.stdout)["encoder"] == kind.encoder, "the row would be another one's"
     shutil.rmtree(out)

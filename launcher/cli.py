@@ -124,7 +124,8 @@ def plan(
         wanted = config.load(source, overrides or [])
         data = planning.data_size(wanted, must_exist=False)
         if data.num_tokens is None:
-            print(f"{wanted.data.train} is not there yet: plan.vocabulary_tokens is assumed", file=sys.stderr)
+            places = ", ".join(wanted.data.sources.values())
+            print(f"{places} is not there yet: plan.vocabulary_tokens is assumed", file=sys.stderr)
         made = planning.plan_of(wanted, data, ranks, gpu, price)
         suggestion = planning.what_fits(wanted, data.vocabulary_tokens, made)
         if as_json:

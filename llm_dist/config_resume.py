@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from llm_dist.config import Config, fields
 from llm_dist.errors import ResumeRefused
@@ -20,12 +21,13 @@ def check_resume(before: Config, now: Config, accepted: Sequence[str] = (), step
     for key, rule in fields().items():
         section, name = key.split(".")
         was, is_now = old[section][name], new[section][name]
+        if key == "data.mixture" and (past := _past_that_differs(before, now, step)):
+            refused.append(past)  # also where neither run file has segments, and the sources differ
+            continue
         if was == is_now or rule == "free":
             continue
         if rule == "identity":
             refused.append(f"{key} was {was!r} and is now {is_now!r}: that is another run; choose another run.name")
-        elif key == "data.mixture" and (past := _past_that_differs(before, now, step)):
-            refused.append(past)
         elif key not in accepted:
             refused.append(f"{key} was {was!r} and is now {is_now!r}; add --accept {key} to change it from here on")
         else:
@@ -40,6 +42,16 @@ def _past_that_differs(before: Config, now: Config, step: int) -> str | None:
     if was == is_now:
         return None
     return (
-        f"data.mixture: {step} steps are finished, and its segments before that were {was} and are now {is_now}; "
-        "keep them as they were and add a segment from the current step on"
+        f"data.mixture: {step} steps are finished, and its segments before that were {_in_words(was)} and are now "
+        f"{_in_words(is_now)}; keep them as they were and add a segment from the current step on"
     )
+
+
+def _in_words(segments: list[tuple[int, dict[str, Fraction | None]]]) -> str:
+    """Shares as people read them."""
+
+    def words(shares: dict[str, Fraction | None]) -> str:
+        each = (f"{name} {'by size' if share is None else f'{float(share):.4g}'}" for name, share in shares.items())
+        return ", ".join(each)
+
+    return "; ".join(f"{words(shares)} from step {first}" for first, shares in segments) or "none"

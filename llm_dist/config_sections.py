@@ -9,6 +9,7 @@ What may change when a run is resumed is part of a field: `identity` (another va
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -189,29 +190,30 @@ class Data(Section):
 
     @property
     def sources(self) -> dict[str, str]:
-        """Where each source lies, by name; a single one is called train."""
-        return {"train": self.train} if isinstance(self.train, str) else self.train
+        """Where each source lies, in the order of their names; a single one is called train."""
+        return {"train": self.train} if isinstance(self.train, str) else dict(sorted(self.train.items()))
 
     @property
     def holdouts(self) -> list[str]:
         """The held-out folders as a list."""
         return [self.holdout] if isinstance(self.holdout, str) else self.holdout
 
-    def segments_before(self, step: int) -> list[tuple[int, dict[str, float] | None]]:
-        """Segments that have ruled when `step` steps are finished; None: weights that follow from the sources' sizes.
+    def segments_before(self, step: int) -> list[tuple[int, dict[str, Fraction | None]]]:
+        """Segments that have ruled when `step` steps are finished: shares, so that what means the same is equal.
 
-        Weights are shares, so that what means the same is equal.
+        None stands for a share that follows from the sources' sizes.
         """
-        segments = [(segment.from_step, segment.weights) for segment in self.mixture]
+        segments = [(segment.from_step, _shares(segment.weights)) for segment in self.mixture]
         if not segments and len(self.sources) == 1:
-            segments = [(0, dict.fromkeys(self.sources, 1.0))]
+            segments = [(0, _shares(dict.fromkeys(self.sources, 1.0)))]
         if not segments:
-            return [(0, None)] if step > 0 else []
-        return [(first, _shares(weights)) for first, weights in segments if first < step]
+            segments = [(0, dict.fromkeys(self.sources))]
+        return [(first, shares) for first, shares in segments if first < step]
 
 
-def _shares(weights: dict[str, float]) -> dict[str, float]:
-    return {name: weight / sum(weights.values()) for name, weight in sorted(weights.items()) if weight}
+def _shares(weights: dict[str, float]) -> dict[str, Fraction | None]:
+    exact = {name: Fraction(str(weight)) for name, weight in sorted(weights.items()) if weight}
+    return {name: weight / sum(exact.values()) for name, weight in exact.items()}
 
 
 class BatchSize(Section):

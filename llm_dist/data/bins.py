@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+BINS_VERSION = 1
+"""Of the rule below: what was counted by another one is counted again."""
+
 
 @dataclass(frozen=True)
 class BinPlan:

@@ -1,8 +1,8 @@
 """Encode many documents: batches of texts go to worker processes or threads, ids come back in the order of the texts.
 
-Faster than the libraries alone without changing an id: `tokenizers` is asked for each word once, and `tiktoken` gets a
-whole batch as one text, with a pattern that never looks ahead. The result depends neither on the number of workers nor
-on the pieces in which a very long text is encoded. Knows no files and no shards.
+Faster than a library alone, and with the same ids: `_KnownWords` asks `tokenizers` for each word once; `_JoinedTexts`
+gives `tiktoken` whole batches as one text, with a pattern that never looks ahead. The result depends neither on the
+number of workers nor on the pieces in which a very long text is encoded. Knows no files and no shards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ import numpy.typing as npt
 from llm_dist.data.documents import num_utf8_bytes
 from llm_dist.data.folder import DTYPES
 from llm_dist.data.shards import dtype_name
+from llm_dist.data.spill import Ids, Numbers, gather
 from llm_dist.errors import UserError
 from llm_dist.tokenizer import KINDS, Tokenizer
 from llm_dist.tokenizer_fast import FastTokenizer
@@ -34,8 +35,6 @@ BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
 BATCHES_AHEAD = 3
 """Batches in flight per worker: enough to keep it busy while the reader waits for another."""
-BYTES_PER_WORKER = 8 << 20
-"""Input below which starting one more worker costs more than it saves."""
 MOST_THREADS = 4
 """Workers up to which tiktoken runs in threads, which start at once; more would wait for the interpreter."""
 
@@ -52,7 +51,6 @@ _LETTER = (
 )
 """Letters of scripts that space their words, all in Unicode 3.2: whatever edition Python and tokenizers know."""
 _WORD = re.compile(rf"[ \n]?[^ \n]*(?:(?<![{_LETTER}])[ \n][^ \n]*)*")
-_BORDER = re.compile(r"(?<=[^\W\d_])[ \n]")
 
 _END, _CUT = "\0", "\1"
 _WIDE = "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
@@ -63,10 +61,9 @@ _CLASS_BYTES = b"", b"\xc2\xe1\xe2\xe3", b"\r\n\0", b" \t\v\f"
 _CLASSES = bytes(
     max(class_ for class_ in range(4) if not class_ or byte in _CLASS_BYTES[class_]) for byte in range(256)
 )
+_BORDER = re.compile(r"(?<=[^\W\d_])[ \n]")
 
 Load = Callable[[Path], Tokenizer]
-Ids = npt.NDArray[np.integer[Any]]
-Numbers = npt.NDArray[np.int64]
 
 
 class Encoded(NamedTuple):
@@ -85,7 +82,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._pieces = _Joined(tokenizer) if isinstance(tokenizer, FastTokenizer) else _Words(tokenizer)
+        self._pieces = _JoinedTexts(tokenizer) if isinstance(tokenizer, FastTokenizer) else _KnownWords(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode one batch."""
@@ -102,7 +99,7 @@ class Encoder:
         return Encoded(ids, sizes, np.array([num_utf8_bytes(text) for text in texts], np.int64))
 
 
-class _Words:
+class _KnownWords:
     """Encodes with `tokenizers`, which is asked for a word only when it is new.
 
     A word ends where a letter stands before a space or a line feed. No kind of ours joins the two, so the ids of a text
@@ -141,7 +138,7 @@ class _Words:
         self._room = KNOWN_CHARACTERS
 
 
-class _Joined:
+class _JoinedTexts:
     """Encodes with tiktoken: a batch at once, with a pattern that runs without backtracking, half as long.
 
     The words' pattern looks ahead in one place: of white space before a word its last character goes with the word. So
@@ -168,18 +165,27 @@ class _Joined:
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Numbers]:
         """Ids of all texts, each behind a separator, and how many of each: [n]."""
+        # One character that is not ASCII makes the handling of a whole batch slower, so its kind is joined apart.
+        halves = [[text for text in texts if text.isascii() == is_ascii] for is_ascii in (True, False)]
+        ids, sizes = self._encode_all(*filter(None, halves))
+        places = np.argsort(np.argsort([not text.isascii() for text in texts], kind="stable"))
+        return gather(ids, (np.cumsum(sizes) - sizes)[places], sizes[places]), sizes[places]
+
+    def _encode_all(self, *batches: Sequence[str]) -> tuple[Ids, Numbers]:
+        ids, sizes = (np.concatenate(columns) for columns in zip(*map(self._encode, batches), strict=True))
+        return ids, sizes
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Ids, Numbers]:
         joined = _cut(_END + _END.join(texts), len(texts))
-        if joined is None and len(texts) == 1:
-            ids = np.array([self._tokenizer.separator_id, *self._tokenizer.encode(texts[0])], self._dtype)
-            return ids, np.array([len(ids)])
-        if joined is None:
-            # Few texts are so: the halves without them are joined.
-            halves = [self.encode(half) for half in (texts[: len(texts) // 2], texts[len(texts) // 2 :])]
-            ids, sizes = (np.concatenate(columns) for columns in zip(*halves, strict=True))
-            return ids, sizes
-        found = self._encoding.encode_to_numpy(joined, allowed_special=set(self._special), disallowed_special=())
-        ids = found.astype(self._dtype)[found != self._special[_CUT]]
-        return ids, np.diff(np.flatnonzero(ids == self._special[_END]), append=len(ids))
+        if joined is not None:
+            found = self._encoding.encode_to_numpy(joined, allowed_special=set(self._special), disallowed_special=())
+            ids = found.astype(self._dtype)[found != self._special[_CUT]]
+            return ids, np.diff(np.flatnonzero(ids == self._special[_END]), append=len(ids))
+        if len(texts) > 1:
+            # Few texts cannot be joined: all others are found and joined in the halves without them.
+            return self._encode_all(texts[: len(texts) // 2], texts[len(texts) // 2 :])
+        ids = np.array([self._tokenizer.separator_id, *self._tokenizer.encode(texts[0])], self._dtype)
+        return ids, np.array([len(ids)])
 
 
 def _cut(joined: str, num_texts: int) -> str | None:
@@ -253,14 +259,6 @@ def _pool(tokenizer: Tokenizer, load: Load, workers: int) -> tuple[Executor, Cal
     # Spawned, not forked: the tokenizer's threads do not survive a fork.
     spawn = get_context("spawn")
     return ProcessPoolExecutor(workers, spawn, _start_worker, (load, tokenizer.folder)), _encode_in_worker
-
-
-def num_workers(wanted: int | None, input_bytes: int) -> int:
-    """Worker processes: as asked, else the cores this process may use, and no more than the input keeps busy."""
-    if wanted is not None and wanted < 1:
-        raise UserError(f"--workers {wanted}: must be at least 1; leave it out to use every core")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return wanted or max(1, min(cores, input_bytes // BYTES_PER_WORKER))
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -1,8 +1,9 @@
 """How many sequences a step takes from each source: exact arithmetic of weights, no drawing.
 
-Within a segment, source k has given floor(W_k n) - floor(W_(k-1) n) of its first n sequences, W_k being the sum of the
-shares up to k. So after every step each source is within one sequence of its share, sources continue their own
-sequence numbers over segments, and nothing is lost or repeated when weights change. Knows no tokens and no files.
+Of a segment's first n sequences the first source gives its share, rounded; the second its share, among those after the
+first, of what is left, rounded; and so on. Each is a count that never falls as n grows, they sum to n, and any n is
+reached at once. With K sources none is further than (1 + ln K) / 2 sequences from its share. Sources continue their own
+sequence numbers over segments, so nothing is lost or repeated when weights change. Knows no tokens and no files.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Mixture:
         self.sequences_per_step = sequences_per_step
         self._from_steps = [segment.from_step for segment in segments]
         assert self._from_steps == sorted(set(self._from_steps))
-        self._bounds = [_bounds(self.names, segment) for segment in segments]
+        self._shares = [_shares_of_what_is_left(self.names, segment) for segment in segments]
         self._before = [[0] * len(self.names)]
         for number, until in enumerate(self._from_steps[1:]):
             self._before.append(self._counts_in(number, until, until + 1)[0].tolist())
@@ -65,20 +66,29 @@ class Mixture:
 
     def _counts_in(self, number: int, first: int, end: int) -> npt.NDArray[np.int64]:
         """Counts when `first` to `end` - 1 steps are finished, by the arithmetic of one segment."""
-        num_sequences = (np.arange(first, end) - self._from_steps[number]) * self.sequences_per_step
+        left = (np.arange(first, end) - self._from_steps[number]) * self.sequences_per_step
         counts = np.empty((end - first, len(self.names)), np.int64)
-        floor = np.zeros(end - first, np.int64)
-        for place, (before, (share, whole)) in enumerate(zip(self._before[number], self._bounds[number], strict=True)):
-            # Python's integers where 64 bits are too few for the product.
-            fits = share * int(num_sequences[-1]) < 1 << 63
-            exact_sequences = num_sequences if fits else num_sequences.astype(object)
-            last, floor = floor, (share * exact_sequences // whole).astype(np.int64)
-            counts[:, place] = before + floor - last
+        for place, (before, share) in enumerate(zip(self._before[number], self._shares[number], strict=True)):
+            given = _rounded(share, left)
+            counts[:, place] = before + given
+            left = left - given
         return counts
 
 
-def _bounds(names: Sequence[str], segment: Segment) -> list[tuple[int, int]]:
-    """Sums of the shares up to each source, as numerator and denominator; the last is 1."""
+def _shares_of_what_is_left(names: Sequence[str], segment: Segment) -> list[tuple[int, int]]:
+    """Weight of each source over the sum of it and those after it, as numerator and denominator."""
     weights = [segment.weights.get(name, Fraction(0)) for name in names]
     assert min(weights) >= 0 and sum(weights) > 0 and segment.weights.keys() <= set(names)
-    return [(total / sum(weights)).as_integer_ratio() for total in accumulate(weights)]
+    sums = list(accumulate(reversed(weights)))[::-1]
+    return [
+        (weight / total if total else weight).as_integer_ratio() for weight, total in zip(weights, sums, strict=True)
+    ]
+
+
+def _rounded(share: tuple[int, int], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`share` of each of `counts` [n], to the nearest whole number, halves upwards; the last source's share is 1."""
+    numerator, denominator = share
+    largest = 2 * numerator * int(counts.max(initial=0)) + 2 * denominator
+    # Python's integers where 64 bits are too few.
+    exact_counts = counts if largest < 1 << 63 else counts.astype(object)
+    return ((2 * numerator * exact_counts + denominator) // (2 * denominator)).astype(np.int64)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from xxhash import xxh3_64_intdigest
+
+from llm_dist import config_sections, tokenizer
 from llm_dist.config import Config
+from llm_dist.data.folder import DATASET, INDEX
 from llm_dist.data.index import ShardSet
 from llm_dist.data.mixture import Segment, exact
-from llm_dist.data.order import Order
+from llm_dist.data.order import Order, keys
 from llm_dist.data.packing import BestFit, Concatenated, Packing
-from llm_dist.data.places import open_place
+from llm_dist.data.places import is_url, open_place
 from llm_dist.data.raw import shards_of
 from llm_dist.data.reading import Reading, Source, segments_by_size
 from llm_dist.errors import UserError
@@ -24,15 +28,16 @@ def open_reading(run: Config) -> Reading:
     Raises:
         UserError: which key names what cannot be read, and why; sources made with different tokenizers.
     """
+    _check_tokenizer(run)
     sources = []
     for name, place in run.data.sources.items():
         key = "data.train" if isinstance(run.data.train, str) else f"data.train.{name}"
         shards = _open(run, key, place)
         try:
-            packing = _packing(run, shards)
+            packing = _packing(run, shards, seed := order_seed(run.run.seed, name))
         except UserError as error:
             raise UserError(f"{key}={place}: {error}") from None
-        order = Order(packing.num_windows, packing.cell_windows, run.run.seed)
+        order = Order(packing.num_windows, packing.cell_windows, seed)
         sources.append(Source(name, shards, packing, order))
         _check_same_tokenizer(key, place, shards, sources[0].shards)
     segments = [
@@ -58,6 +63,20 @@ def open_holdouts(run: Config, train: ShardSet) -> dict[str, ShardSet]:
     return opened
 
 
+def with_mixture(run: Config, reading: Reading) -> Config:
+    """The run file with its mixture written out, where its weights follow from the sources' sizes."""
+    if run.data.mixture or len(reading.sources) == 1:
+        return run
+    weights = {source.name: float(source.packing.num_windows) for source in reading.sources}
+    mixture = [config_sections.Segment(from_step=0, weights=weights)]
+    return run.model_copy(update={"data": run.data.model_copy(update={"mixture": mixture})})
+
+
+def order_seed(seed: int, name: str) -> int:
+    """Seed of a source's order: sources of one size are not read in step with one another."""
+    return int(keys(seed, xxh3_64_intdigest(name.encode()))[0])
+
+
 def cache_folder(run: Config) -> Path:
     """`data.cache` as a path."""
     return Path(run.data.cache).expanduser()
@@ -68,13 +87,29 @@ def _open(run: Config, key: str, place: str) -> ShardSet:
     try:
         return open_place(shards_of(place, run.data.tokenizer, run.data.split, cache), cache, run.data.cache_gigabytes)
     except UserError as error:
-        raise UserError(f"{key}={place}: {error}") from None
+        is_raw = run.data.tokenizer is None and not is_url(place) and _is_text(Path(place))
+        way = ", or name a tokenizer in data.tokenizer to train on it as it is" if is_raw else ""
+        raise UserError(f"{key}={place}: {error}{way}") from None
 
 
-def _packing(run: Config, shards: ShardSet) -> Packing:
+def _is_text(path: Path) -> bool:
+    """Whether `path` is something and neither shards nor a folder of shards."""
+    is_shards = any((path / name).exists() for name in (DATASET, f"train/{DATASET}", INDEX))
+    return path.exists() and not is_shards
+
+
+def _check_tokenizer(run: Config) -> None:
+    if run.data.tokenizer is not None:
+        try:
+            tokenizer.load(run.data.tokenizer)
+        except UserError as error:
+            raise UserError(f"data.tokenizer={run.data.tokenizer}: {error}") from None
+
+
+def _packing(run: Config, shards: ShardSet, seed: int) -> Packing:
     if run.data.packing == "best_fit":
         return BestFit(shards, run.data.sequence_tokens, cache_folder(run))
-    return Concatenated(shards, run.data.sequence_tokens, run.run.seed)
+    return Concatenated(shards, run.data.sequence_tokens, seed)
 
 
 def _check_same_tokenizer(key: str, place: str, shards: ShardSet, first: ShardSet) -> None:

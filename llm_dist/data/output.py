@@ -11,9 +11,11 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -21,12 +23,19 @@ from llm_dist.data.folder import read_dataset
 from llm_dist.data.inputs import InputFile
 from llm_dist.errors import UserError
 
+_UNPACKED = 5
+"""Unpacked bytes per packed byte, to guess how many buckets are needed; the result does not depend on it."""
 UNFINISHED = ".tmp"
 """Ends the name of a file that is being written."""
 _WORK = ".making"
 _PARTS = ("holdout", "train")
+_COPY_BYTES = 1 << 20
 _HASH_BYTES = 4 << 20
 """Read at once: few enough to be stopped soon, so many that the thread seldom asks for the interpreter."""
+
+
+class BusyOutputError(UserError):
+    """Another process is filling the folder."""
 
 
 class Hashing:
@@ -82,7 +91,9 @@ class Output:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._descriptor)
-            raise UserError(f"{self.folder}: another process is filling it; wait, or choose another --out") from None
+            raise BusyOutputError(
+                f"{self.folder}: another process is filling it; wait, or choose another --out"
+            ) from None
         except OSError:
             # Network file systems may know no lock on folders; there two jobs at once are the user's to avoid.
             self.is_locked = False
@@ -95,6 +106,13 @@ class Output:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.work)
         os.close(self._descriptor)
+
+    def spooled(self, file: InputFile) -> InputFile:
+        """Standard input as a file, since it is read more than once."""
+        path = self.work / "standard_input.txt"
+        with path.open("wb") as spool:
+            shutil.copyfileobj(sys.stdin.buffer, spool, _COPY_BYTES)
+        return replace(file, path=path)
 
     def dataset(self, part: str) -> dict[str, Any] | None:
         """dataset.json of `train` or `holdout`; None when the part is not there.
@@ -136,6 +154,12 @@ class Output:
                 sync_folder(self.work / part)
                 (self.work / part).rename(self.folder / part)
                 sync_folder(self.folder)
+
+
+def unpacked_bytes(file: InputFile) -> int:
+    """How much text a file may hold, to guess how many buckets and workers are needed."""
+    assert file.path is not None, "standard input has been spooled"
+    return file.path.stat().st_size * (_UNPACKED if file.packing or file.format == "parquet" else 1)
 
 
 def publish(path: Path, content: bytes) -> None:

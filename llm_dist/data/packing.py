@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from llm_dist.data.bins import BinPlan, plan_bins
+from llm_dist.data.bins import BINS_VERSION, BinPlan, plan_bins
 from llm_dist.data.index import ShardSet
 from llm_dist.data.order import CELL_TOKENS, Indices, phases
 from llm_dist.errors import UserError
@@ -170,9 +170,8 @@ class BestFit:
     def _num_bins(self, cache: Path) -> Indices:
         """Bins of each chunk: [chunks]; counting them takes minutes for a trillion tokens, so large counts are kept."""
         num_chunks = len(self._shards.chunks)
-        path = cache / "bins" / f"{self._shards.fingerprint}-{self._sequence_tokens}.npy"
-        if num_chunks >= _CHUNKS_WORTH_KEEPING and path.is_file():
-            known: Indices = np.load(path, allow_pickle=False)
+        path = cache / "bins" / f"{self._shards.fingerprint}-{self._sequence_tokens}-v{BINS_VERSION}.npy"
+        if num_chunks >= _CHUNKS_WORTH_KEEPING and (known := _kept(path, num_chunks)) is not None:
             return known
         # In threads because document ends may lie behind a network.
         with ThreadPoolExecutor(_READERS) as threads:
@@ -182,6 +181,16 @@ class BestFit:
         if num_chunks >= _CHUNKS_WORTH_KEEPING:
             _keep(path, counted)
         return counted
+
+
+def _kept(path: Path, num_chunks: int) -> Indices | None:
+    """What `_keep` saved; None where it is not there or not whole, which costs only the time to count again."""
+    try:
+        known: Indices = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    is_whole = known.dtype == np.int64 and known.shape == (num_chunks,) and known.min(initial=1) > 0
+    return known if is_whole else None
 
 
 def _keep(path: Path, array: Indices) -> None:

@@ -7,8 +7,11 @@ requests over the steps before. Knows no network.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from llm_dist.data.reading import Reading
+from llm_dist.errors import UserError
 
 PREFETCH_SEQUENCES = 1 << 12
 """Of one rank."""
@@ -18,6 +21,7 @@ _TELLS = 2
 """At each advance, so that the first one keeps nobody waiting and the next ones catch up."""
 _FIRST_SEQUENCES = 1 << 6
 """What is read at once at the start."""
+_READERS = 16
 _CELLS_REMEMBERED = 1 << 12
 
 
@@ -46,10 +50,17 @@ class Prefetcher:
 
     def _tell_rows(self, steps: range) -> None:
         """Somebody waits for these already, and not for the rest of their cells."""
-        for number, epoch, window in self._windows(steps):
+
+        def tell(place: tuple[int, int, int]) -> None:
+            number, epoch, window = place
             source = self._reading.sources[number]
-            for span in source.packing.spans(epoch, window):
-                source.shards.prefetch(span.start, span.num_tokens + 1)
+            with suppress(UserError):  # which comes out where the row is read
+                for span in source.packing.spans(epoch, window):
+                    source.shards.prefetch(span.start, span.num_tokens + 1)
+
+        # Side by side because bins are planned from document ends, which lie behind the network, too.
+        with ThreadPoolExecutor(_READERS) as threads:
+            list(threads.map(tell, self._windows(steps)))
 
     def _tell_cells(self, steps: range) -> None:
         for number, epoch, window in self._windows(steps):

@@ -93,7 +93,7 @@ class Reading:
         Raises:
             UserError: what they read is damaged.
         """
-        if len(self.sources) == 1:
+        if len(self.sources) == 1 or not len(sources):
             rows = self.sources[0].packing.rows(epochs, windows, self.document_mask)
         else:
             chosen = [(number, np.flatnonzero(sources == number)) for number in np.unique(sources).tolist()]

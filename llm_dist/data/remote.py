@@ -49,8 +49,8 @@ def open_remote(url: str, cache: Path, cache_gigabytes: float) -> ShardSet:
         UserError: it is not there, or not a shard folder of this format, or damaged; the cache cannot be written.
     """
     fetcher = Fetcher(url)
-    try:
-        with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor() as threads:
+        try:
             opening = threads.submit(_cache_at, cache / "blocks", int(cache_gigabytes * 1e9))
             dataset = remote_dataset(fetcher)
             folder, blocks = cache / "remote" / dataset["fingerprint"], opening.result()
@@ -61,10 +61,10 @@ def open_remote(url: str, cache: Path, cache_gigabytes: float) -> ShardSet:
             ]
             for each in coming:
                 each.result()
-        chunks = read_chunks(folder, dataset, fetcher.url)
-    except BaseException:
-        fetcher.close()
-        raise
+            chunks = read_chunks(folder, dataset, fetcher.url)
+        except BaseException:
+            fetcher.close()  # so that no thread waits for the rest
+            raise
     return ShardSet(folder, dataset, chunks, RemoteTokens(fetcher, blocks, chunks, dataset["fingerprint"]))
 
 

@@ -50,7 +50,7 @@ class Documents(NamedTuple):
         """The documents at `places`, in that order."""
         starts = np.cumsum(self.num_tokens) - self.num_tokens
         sizes = self.num_tokens[places]
-        ids = _gather(self.ids, starts[places], sizes)
+        ids = gather(self.ids, starts[places], sizes)
         return Documents(self.numbers[places], self.hashes[places], sizes, self.num_bytes[places], ids)
 
 
@@ -142,7 +142,7 @@ def _blocks(content: npt.NDArray[np.uint8], dtype: np.dtype[Any]) -> Iterator[Do
         last = max(first + 1, int(ends.searchsorted(done + BLOCK_TOKENS, side="right")))
         places = order[first:last]
         columns = numbers[places], hashes[places], sizes[places], num_bytes[places]
-        yield Documents(*columns, _gather(ids, starts[places], columns[2]))
+        yield Documents(*columns, gather(ids, starts[places], columns[2]))
         first, done = last, int(ends[last - 1])
 
 
@@ -159,7 +159,7 @@ def _records(content: npt.NDArray[np.uint8], itemsize: int) -> Iterator[Numbers]
         place += -(-num_ids * itemsize // _WORD) * _WORD
 
 
-def _gather(ids: Ids, starts: Numbers, sizes: Numbers) -> Ids:
+def gather(ids: Ids, starts: Numbers, sizes: Numbers) -> Ids:
     """Runs of `ids` one after another; neighbours are copied together, and one run alone is not copied."""
     if not len(starts):
         return ids[:0]

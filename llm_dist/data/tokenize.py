@@ -9,6 +9,7 @@ only if `train` is there. Knows no sequence length, model or run.
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from llm_dist.data.documents import OnBad, Split, Tally, read_files
-from llm_dist.data.encoding import Encoded, Encoder, batches, encode_all, long_pieces, num_workers
+from llm_dist.data.encoding import Encoded, Encoder, batches, encode_all, long_pieces
 from llm_dist.data.folder import DTYPES
 from llm_dist.data.inputs import InputFile, find_files
 from llm_dist.data.origin import Part, SourceCounts, origin_record
-from llm_dist.data.output import Hashing, Output
+from llm_dist.data.output import Hashing, Output, unpacked_bytes
 from llm_dist.data.parts import ALL_TRAIN, Bytes, Parts, tail
 from llm_dist.data.shards import ShardWriter, dtype_name
 from llm_dist.data.spill import Documents, Spill, document_hashes, num_buckets
@@ -33,9 +34,8 @@ from llm_dist.errors import UserError
 from llm_dist.tokenizer import FILES, Tokenizer, load
 from llm_dist.tokenizer_fast import FastTokenizer, load_fast, proved
 
-_UNPACKED = 5
-"""Unpacked bytes per packed byte, to guess how many buckets are needed; the result does not depend on it."""
-_COPY_BYTES = 1 << 20
+BYTES_PER_WORKER = 8 << 20
+"""Input below which starting one more worker costs more than it saves."""
 FAST_BYTES = 4 << 20
 """Input below which proving that tiktoken may encode costs about what it saves: half a second."""
 _SAMPLE_TEXTS, _SAMPLE_CHARACTERS = 256, 1 << 19
@@ -134,13 +134,13 @@ def tokenize(
     files, num_skipped = find_files(inputs)
     try:
         with Output(Path(out)) as output:
-            files = [_spooled(file, output.work) if file.path is None else file for file in files]
+            files = [output.spooled(file) if file.path is None else file for file in files]
             tell(Progress("reading"))
             recipe = {"tokenizer": tokenizer.fingerprint, "seed": seed, "split": split, "holdout": holdout}
             with Hashing(files) as hashing:
                 encoder = None
                 if output.is_empty() or not output.is_made_from({"inputs": hashing.result(), **recipe}):
-                    input_bytes = sum(_unpacked_bytes(file) for file in files)
+                    input_bytes = sum(unpacked_bytes(file) for file in files)
                     count = num_workers(workers, input_bytes)
                     job = _Job(files, hashing, recipe, tokenizer, output, split, on_bad, seed, holdout, count, tell)
                     encoder = _make(job, Tally(num_skipped_files=num_skipped), input_bytes)
@@ -291,17 +291,9 @@ def _report(output: Output, seconds: float, encoder: str | None) -> TokenizeRepo
     )
 
 
-def _spooled(file: InputFile, folder: Path) -> InputFile:
-    """Standard input as a file, since it is read more than once."""
-    import shutil
-    import sys
-
-    path = folder / "standard_input.txt"
-    with path.open("wb") as spool:
-        shutil.copyfileobj(sys.stdin.buffer, spool, _COPY_BYTES)
-    return replace(file, path=path)
-
-
-def _unpacked_bytes(file: InputFile) -> int:
-    assert file.path is not None, "standard input has been spooled"
-    return file.path.stat().st_size * (_UNPACKED if file.packing or file.format == "parquet" else 1)
+def num_workers(wanted: int | None, input_bytes: int) -> int:
+    """Workers: as asked, else the cores this process may use, and no more than the input keeps busy."""
+    if wanted is not None and wanted < 1:
+        raise UserError(f"--workers {wanted}: must be at least 1; leave it out to use every core")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or max(1, min(cores, input_bytes // BYTES_PER_WORKER))

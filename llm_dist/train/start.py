@@ -10,6 +10,7 @@ import torch
 
 from llm_dist import config, runtime
 from llm_dist.checkpoint.store import Store
+from llm_dist.data import opening
 from llm_dist.errors import Exit, UserError
 from llm_dist.metrics import Metrics
 from llm_dist.model import size
@@ -52,6 +53,7 @@ def _train(run: config.Config, here: Runtime, stop: StopFlag, accepted: Sequence
     # Rank 0 alone first: it may make shards of raw text or plan bins, which the others then find.
     first = _alone(here, lambda: build.open_data(run))
     data = _on_all(here, first if here.is_first else lambda: build.open_data(run))
+    run = opening.with_mixture(run, data.reading)
     prints, tokenizer = data.fingerprints, data.any_shards.tokenizer_folder
     run = config.parse(_on_first(here, lambda: folder.open(run, prints, accepted).model_dump(by_alias=True)))
     record = {"ranks": here.ranks, "engine": run.engine.model_dump(), "accepted": list(accepted)}

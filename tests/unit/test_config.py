@@ -189,7 +189,7 @@ def test_a_mixture_is_weights_by_source_from_a_step_on(path):
         ([SOURCES, segments((0, "{web=1}"), (5, "{web=2}"), (5, "{code=1}"))], "found [0, 5, 5]"),
         (
             [SOURCES, segments((0, "{web=1}"), (5, "{wiki=1, book=2}"))],
-            "data.mixture[1] weighs book, wiki, which data.train does not name; it names web, code",
+            "data.mixture[1] weighs book, wiki, which data.train does not name; it names code, web",
         ),
         ([segments((0, "{web=1}"))], "data.mixture[0] weighs web, which data.train does not name; it names train"),
         *(

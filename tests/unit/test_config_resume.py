@@ -84,7 +84,7 @@ def test_a_segment_from_the_current_step_on_is_accepted_by_name(step: int) -> No
 )
 def test_another_past_is_refused_whatever_is_accepted(now: config.Config) -> None:
     line = refusal(mixed((0, {"a": 1, "b": 2})), now, 50, ACCEPT)
-    assert line.startswith("data.mixture: 50 steps are finished, and its segments before that were [(0, ")
+    assert line.startswith("data.mixture: 50 steps are finished, and its segments before that were ")
     assert line.endswith("; keep them as they were and add a segment from the current step on")
 
 

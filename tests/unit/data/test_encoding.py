@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from llm_dist import tokenizer as tokenizers
 from llm_dist.data import encoding
-from llm_dist.data.encoding import Encoder, encode_all, long_pieces, num_workers
+from llm_dist.data.encoding import Encoder, encode_all, long_pieces
+from llm_dist.data.tokenize import num_workers
 from llm_dist.tokenizer_fast import FastTokenizer, load_fast, proved
 from llm_dist.tokenizer_training import train
 

@@ -176,7 +176,7 @@ def test_bins_of_many_chunks_are_counted_once(shards: ShardSet, tmp_path: Path, 
     assert not list(tmp_path.iterdir()), "few chunks are not worth it"
     monkeypatch.setattr(module, "_CHUNKS_WORTH_KEEPING", 2)
     counted = BestFit(shards, 20, tmp_path)
-    assert [path.name for path in (tmp_path / "bins").iterdir()] == [f"{shards.fingerprint}-20.npy"]
+    assert [path.name for path in (tmp_path / "bins").iterdir()] == [f"{shards.fingerprint}-20-v1.npy"]
     with monkeypatch.context() as patch:
         patch.setattr(module, "plan_bins", lambda *_: pytest.fail("counted again"))
         kept = BestFit(shards, 20, tmp_path)

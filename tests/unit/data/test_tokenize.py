@@ -297,7 +297,7 @@ KILLS = {
     "while documents are spilled": (spill.Spill, "write", 2),
     "while they are dealt to buckets": (spill, "_write_record", 7),
     "while buckets are read": (spill, "_blocks", 3),
-    "while a block is gathered": (spill, "_gather", 40),
+    "while a block is gathered": (spill, "gather", 40),
     "while chunks are filled": (shards.ShardWriter, "add_many", 7),
     "while a thread writes a chunk": (shards._Shard, "_member", 2),
     "while a thread ends a shard": (shards._Shard, "close", 1),
