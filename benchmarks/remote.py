@@ -102,7 +102,7 @@ def _row(server: _Server, cache: Path, num_tokens: int, packing: str) -> dict[st
         "resume half-way cold, s": statistics.median(times["resume"]),
         "Mtokens/s cold": streamed["tokens"] / streamed["seconds"] / 1e6,
         "requests": asked["requests"],
-        "bytes asked/needed": asked["bytes"] / (2 * streamed["tokens"]),
+        "bytes asked/needed": asked["bytes"] / streamed["epoch_bytes"],
         "memory, MB": streamed["peak_anon_mb"],
     }
 
@@ -169,6 +169,7 @@ def read(url: str, cache: Path, packing: str, first_step: int, num_steps: int) -
         "first_seconds": first - began,
         "seconds": ended - began,
         "tokens": (len(memory) + 1) * ROWS * SEQUENCE,
+        "epoch_bytes": shards.num_tokens * shards.dtype.itemsize,
         "peak_anon_mb": max(memory, default=0.0) - baseline,
     }
 

@@ -52,15 +52,15 @@ _LETTER = (
 """Letters of scripts that space their words, all in Unicode 3.2: whatever edition Python and tokenizers know."""
 _WORD = re.compile(rf"[ \n]?[^ \n]*(?:(?<![{_LETTER}])[ \n][^ \n]*)*")
 
-_END, _CUT = "\0", "\1"
+_END, _CUT, _BLANKS, _MARKS = "\0", "\1", b" \t\v\f", b"\2\3\4\5"
+_MARK_OF_BLANK = bytes.maketrans(_BLANKS, _MARKS)
+"""A mark stands for a cut and the blank behind it."""
 _WIDE = "\x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 """White space of more than one byte."""
 _WIDE_CODES = np.array([int.from_bytes(character.encode().ljust(3, b"\0")) for character in _WIDE])
 _OTHER, _WIDE_LEAD, _LINE, _BLANK = range(4)
-_CLASS_BYTES = b"", b"\xc2\xe1\xe2\xe3", b"\r\n\0", b" \t\v\f"
-_CLASSES = bytes(
-    max(class_ for class_ in range(4) if not class_ or byte in _CLASS_BYTES[class_]) for byte in range(256)
-)
+_CLASS_BYTES = b"", b"\xc2\xe1\xe2\xe3", b"\r\n\0", _BLANKS
+_CLASSES = bytes(max([0, *(n for n, own in enumerate(_CLASS_BYTES) if byte in own)]) for byte in range(256))
 _BORDER = re.compile(r"(?<=[^\W\d_])[ \n]")
 
 Load = Callable[[Path], Tokenizer]
@@ -152,13 +152,12 @@ class _JoinedTexts:
 
         self._tokenizer = tokenizer
         self._dtype = DTYPES[dtype_name(tokenizer.vocabulary_tokens)]
-        whole = tokenizer._encoding
-        pattern, looks_ahead = whole._pat_str, r"|\s+(?!\S)"
-        assert pattern.count(looks_ahead) == 1, "the words' pattern has changed"
+        whole, looks_ahead = tokenizer._encoding, r"|\s+(?!\S)"
+        assert whole._pat_str.count(looks_ahead) == 1, "the words' pattern has changed"
         self._special = {_END: tokenizer.separator_id, _CUT: tokenizer.pad_id}
         self._encoding = tiktoken.Encoding(
             "llm_dist_joined",
-            pat_str=pattern.replace(looks_ahead, ""),
+            pat_str=whole._pat_str.replace(looks_ahead, ""),
             mergeable_ranks=whole._mergeable_ranks,
             special_tokens=self._special,
         )
@@ -176,8 +175,7 @@ class _JoinedTexts:
         return ids, sizes
 
     def _encode(self, texts: Sequence[str]) -> tuple[Ids, Numbers]:
-        joined = _cut(_END + _END.join(texts), len(texts))
-        if joined is not None:
+        if (joined := _cut(_END + _END.join(texts), len(texts))) is not None:
             found = self._encoding.encode_to_numpy(joined, allowed_special=set(self._special), disallowed_special=())
             ids = found.astype(self._dtype)[found != self._special[_CUT]]
             return ids, np.diff(np.flatnonzero(ids == self._special[_END]), append=len(ids))
@@ -190,15 +188,17 @@ class _JoinedTexts:
 
 def _cut(joined: str, num_texts: int) -> str | None:
     """A batch with its cuts; None where a text itself holds a mark, or wide white space stands beside other."""
-    if joined.count(_END) != num_texts or _CUT in joined:
+    utf8 = bytearray(joined.encode())
+    content, classes = np.frombuffer(utf8, np.uint8), np.frombuffer(utf8.translate(_CLASSES), np.uint8)
+    if np.count_nonzero(content <= _MARKS[-1]) != num_texts or _is_wide_beside_space(content, classes):
         return None
-    utf8 = joined.encode()
-    content, classes = (np.frombuffer(each, np.uint8) for each in (utf8, utf8.translate(_CLASSES)))
-    blank = classes == _BLANK
-    if _is_wide_beside_space(content, classes):
-        return None
-    cuts = np.flatnonzero(blank[:-2] & blank[1:-1] & (classes[2:] <= _WIDE_LEAD)) + 1
-    return np.insert(content, cuts, ord(_CUT)).tobytes().decode() if len(cuts) else joined
+    is_blank = classes == _BLANK
+    cuts = np.flatnonzero(is_blank[:-2] & is_blank[1:-1] & (classes[2:] <= _WIDE_LEAD)) + 1
+    content[cuts] = np.frombuffer(content[cuts].tobytes().translate(_MARK_OF_BLANK), np.uint8)
+    for mark, blank in zip(_MARKS, _BLANKS, strict=True):
+        if mark in utf8:
+            utf8 = utf8.replace(bytes([mark]), bytes([ord(_CUT), blank]))
+    return utf8.decode()
 
 
 def _is_wide_beside_space(content: npt.NDArray[np.uint8], classes: npt.NDArray[np.uint8]) -> bool:

@@ -55,10 +55,12 @@ class Prefetcher:
             number, epoch, window = place
             source = self._reading.sources[number]
             with suppress(UserError):  # which comes out where the row is read
-                for span in source.packing.spans(epoch, window):
-                    source.shards.prefetch(span.start, span.num_tokens + 1)
+                for _, start, num_tokens in source.packing.spans(epoch, window):
+                    source.shards.prefetch(start, num_tokens + 1)
+                    if self._reading.document_mask:
+                        source.shards.document_starts(start, num_tokens)
 
-        # Side by side because bins are planned from document ends, which lie behind the network, too.
+        # Side by side because document ends, of which masks are made and bins are planned, are waited for.
         with ThreadPoolExecutor(_READERS) as threads:
             list(threads.map(tell, self._windows(steps)))
 

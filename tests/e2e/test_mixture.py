@@ -16,6 +16,7 @@ from llm_dist import config, metrics
 from llm_dist.checkpoint import layout
 from llm_dist.data.bins import plan_bins
 from llm_dist.data.index import open_shards
+from llm_dist.data.opening import order_seed
 from llm_dist.data.order import Order
 from llm_dist.data.packing import cell_windows
 from tests.e2e.commands import LAUNCH, Started, assert_same_end, llm_dist, losses, run, steps_saved
@@ -66,8 +67,9 @@ def tokens_by_arithmetic(sources: dict[str, Path], segments: Segments, step: int
     for (first, weights), end in zip(segments, [*(first for first, _ in segments[1:]), step], strict=True):
         num_sequences = max(0, min(end, step) - first) * SEQUENCES_PER_STEP
         (one, weight), (other, rest) = ((name, round(10 * weight)) for name, weight in sorted(weights.items()))
-        counts[one] += num_sequences * weight // (weight + rest)
-        counts[other] += num_sequences - num_sequences * weight // (weight + rest)
+        nearest = (2 * num_sequences * weight + weight + rest) // (2 * (weight + rest))
+        counts[one] += nearest
+        counts[other] += num_sequences - nearest
     tokens = {}
     for name, count in counts.items():
         shards = open_shards(sources[name])
@@ -77,7 +79,7 @@ def tokens_by_arithmetic(sources: dict[str, Path], segments: Segments, step: int
             for plan in [plan_bins(shards.document_ends(chunk), SEQUENCE_TOKENS)]
             for number in range(len(plan.ends))
         ]
-        order = Order(len(bins), cell_windows(SEQUENCE_TOKENS), SEED)
+        order = Order(len(bins), cell_windows(SEQUENCE_TOKENS), order_seed(SEED, name))
         tokens[name] = int(np.array(bins)[order.windows(np.arange(count))].sum())
     return tokens
 
