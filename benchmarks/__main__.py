@@ -1,6 +1,6 @@
 """`make bench`: what is measured, as one table, and as JSON beside it.
 
-python -m benchmarks                 the quick suites: loader, tokenize, step
+python -m benchmarks                 the quick suites: loader, corpus, remote, tokenize, step
 python -m benchmarks ngram           half an hour: a trained model against a 5-gram
 python -m benchmarks --gpu           the step of larger models on one GPU
 """
@@ -8,6 +8,7 @@ python -m benchmarks --gpu           the step of larger models on one GPU
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import time
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch
 
-SUITES = ("loader", "tokenize", "step", "ngram")
-QUICK = ("loader", "tokenize", "step")
+SUITES = ("loader", "corpus", "remote", "tokenize", "step", "ngram")
+QUICK = SUITES[:-1]
 
 
 def main() -> None:
@@ -41,14 +42,8 @@ def main() -> None:
 
 
 def _measure(name: str, on_gpu: bool, overrides: list[str]) -> Any:
-    if name == "loader":
-        from benchmarks import loader
-
-        return loader.measure()
-    if name == "tokenize":
-        from benchmarks import tokenize
-
-        return tokenize.measure()
+    if name in ("loader", "corpus", "remote", "tokenize"):
+        return importlib.import_module(f"benchmarks.{name}").measure()
     if name == "ngram":
         from benchmarks import ngram
 

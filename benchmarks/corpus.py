@@ -34,9 +34,9 @@ from llm_dist.data.loader import Loader
 from llm_dist.data.order import Order
 from llm_dist.data.packing import Concatenated
 from llm_dist.data.reading import Reading, Source, segments_by_size
-before, began = peak(), time.perf_counter()
+before, began, cpu = peak(), time.perf_counter(), time.process_time()
 shards = open_shards(sys.argv[1])
-opened = time.perf_counter()
+opened, cpu = time.perf_counter(), time.process_time() - cpu
 packing = Concatenated(shards, 2048, 0)
 order = Order(packing.num_windows, packing.cell_windows, 0)
 reading = Reading([Source("train", shards, packing, order)], segments_by_size({"train": 1}), 512, 2048)
@@ -46,13 +46,17 @@ for step in (0, packing.num_windows // 512 // 2):
     with Loader(reading, 8, 0, workers=1, first_step=step) as loader:
         loader.rows(step)
         times.append(time.perf_counter() - start)
-print(json.dumps({"open": opened - began, "first": times[0], "resume": times[1], "rss": (peak() - before) / 1024}))
+print(json.dumps({"open": opened - began, "cpu": cpu, "first": times[0], "resume": times[1], "rss": (peak() - before) / 1024}))
 """
 
 
 def measure(sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
     """One row per number of shards; seconds, and the memory that opening and reading took beside the imports."""
-    folder = Path(tempfile.mkdtemp(prefix="corpus-"))
+    with tempfile.TemporaryDirectory(prefix="corpus-") as folder:
+        return _measure(Path(folder), sizes)
+
+
+def _measure(folder: Path, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     rows = []
     for num_shards in sizes:
         place = folder / str(num_shards)
@@ -64,6 +68,7 @@ def measure(sizes: tuple[int, ...] = SIZES) -> list[dict[str, Any]]:
                 "shards": num_shards,
                 "tokens": f"{num_tokens:.3g}",
                 "open, s": found["open"],
+                "open, CPU s": found["cpu"],
                 "first batch, s": found["first"],
                 "resume half-way, s": found["resume"],
                 "memory, MB": found["rss"],

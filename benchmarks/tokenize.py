@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -51,6 +52,13 @@ class Kind(NamedTuple):
     """So much text that the second it takes to start does not decide."""
 
 
+class Rate(NamedTuple):
+    """Megabytes of text."""
+
+    per_second: float
+    per_cpu_second: float
+
+
 KINDS = (
     Kind("bpe", "bpe", "tokenizers", 80_000_000),
     Kind("byte-bpe", "byte-bpe", "tokenizers", 80_000_000),
@@ -59,7 +67,10 @@ KINDS = (
 
 
 def measure() -> list[dict[str, Any]]:
-    """One row per kind: medians of megabytes of text per second over all cores, and their ratio."""
+    """One row per kind: medians of megabytes of text per second over all cores, and their ratio.
+
+    `by CPU time` is the ratio of megabytes per second of CPU time, which other work on the machine disturbs less.
+    """
     kinds = [kind for kind in KINDS if find_spec(kind.encoder)]
     if len(kinds) < len(KINDS):
         print("  tiktoken is not installed: pip install 'llm_dist[fast]'")
@@ -69,35 +80,33 @@ def measure() -> list[dict[str, Any]]:
 
 def _measure(kinds: Sequence[Kind], folder: Path) -> list[dict[str, Any]]:
     texts = _texts(folder / "corpus.jsonl")
-    some = _repeated(texts, LIBRARY_BYTES)
-    some_mb, cores = _megabytes(some), len(os.sched_getaffinity(0))
+    some, cores = _repeated(texts, LIBRARY_BYTES), len(os.sched_getaffinity(0))
     for kind in kinds:
         if not (folder / kind.tokenizer).exists():
             tokenizer_training.train(iter(texts), kind.tokenizer, VOCABULARY_TOKENS, folder / kind.tokenizer)
-    rates: dict[str, list[tuple[float, float, float]]] = {kind.name: [] for kind in kinds}
+    found: dict[str, list[tuple[Rate, Rate, Rate]]] = {kind.name: [] for kind in kinds}
     for _ in range(ROUNDS):
         for kind in kinds:
             home = folder / kind.tokenizer
-            in_threads = some_mb / _in_threads(kind, home, some, cores)
-            in_processes = some_mb / _in_processes(kind, home, some, cores)
-            rates[kind.name].append((in_threads, in_processes, _job(kind, home, texts, folder)))
-    rows = []
-    for name, found in rates.items():
-        in_threads, in_processes, job = (statistics.median(each) for each in zip(*found, strict=True))
-        library = max(in_threads, in_processes)
-        ratios = [by_job / max(by_library) for *by_library, by_job in found]
-        rows.append(
-            {
-                "tokenizer": name,
-                "library MB/s": library,
-                "job MB/s": job,
-                "ratio": job / library,
-                "lowest": min(ratios),
-                "highest": max(ratios),
-                "cores": cores,
-            }
-        )
-    return rows
+            library = _in_threads(kind, home, some, cores), _in_processes(kind, home, some, cores)
+            found[kind.name].append((*library, _job(kind, home, texts, folder)))
+    return [{"tokenizer": name, **_row(rounds), "cores": cores} for name, rounds in found.items()]
+
+
+def _row(rounds: list[tuple[Rate, Rate, Rate]]) -> dict[str, float]:
+    in_threads, in_processes, job = (
+        Rate(*map(statistics.median, zip(*each, strict=True))) for each in zip(*rounds, strict=True)
+    )
+    library = max(in_threads, in_processes)
+    ratios = [by_job.per_second / max(ways).per_second for *ways, by_job in rounds]
+    return {
+        "library MB/s": library.per_second,
+        "job MB/s": job.per_second,
+        "ratio": job.per_second / library.per_second,
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "by CPU time": job.per_cpu_second / library.per_cpu_second,
+    }
 
 
 def _texts(path: Path) -> list[str]:
@@ -117,20 +126,20 @@ def _megabytes(texts: Sequence[str]) -> float:
     return sum(len(text.encode()) for text in texts) / 1e6
 
 
-def _in_threads(kind: Kind, home: Path, texts: list[str], cores: int) -> float:
-    """Seconds of the library in its own threads."""
+def _in_threads(kind: Kind, home: Path, texts: list[str], cores: int) -> Rate:
+    """The library in its own threads."""
     encode = _encode(kind, home, cores)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     for first in range(0, len(texts), BATCH_TEXTS):
         encode(texts[first : first + BATCH_TEXTS])
-    return time.perf_counter() - began
+    return _rate(texts, time.perf_counter() - began, time.process_time() - cpu_began)
 
 
-def _in_processes(kind: Kind, home: Path, texts: list[str], cores: int) -> float:
-    """Seconds of the library in one process per core, its texts being there already."""
+def _in_processes(kind: Kind, home: Path, texts: list[str], cores: int) -> Rate:
+    """The library in one process per core, which has its texts already."""
     context = get_context("fork")
-    barrier = context.Barrier(cores + 1)
-    workers = [context.Process(target=_work, args=(kind, home, texts[n::cores], barrier)) for n in range(cores)]
+    barrier, cpu_seconds = context.Barrier(cores + 1), context.Array("d", cores)
+    workers = [context.Process(target=_work, args=(kind, home, texts, n, barrier, cpu_seconds)) for n in range(cores)]
     for worker in workers:
         worker.start()
     barrier.wait()
@@ -139,15 +148,21 @@ def _in_processes(kind: Kind, home: Path, texts: list[str], cores: int) -> float
     seconds = time.perf_counter() - began
     for worker in workers:
         worker.join()
-    return seconds
+    return _rate(texts, seconds, sum(cpu_seconds))
 
 
-def _work(kind: Kind, home: Path, texts: list[str], barrier: Barrier) -> None:
-    encode = _encode(kind, home, 1)
+def _work(kind: Kind, home: Path, texts: list[str], number: int, barrier: Barrier, cpu_seconds: Any) -> None:
+    encode, own = _encode(kind, home, 1), texts[number :: len(cpu_seconds)]
     barrier.wait()
-    for first in range(0, len(texts), BATCH_TEXTS):
-        encode(texts[first : first + BATCH_TEXTS])
+    began = time.process_time()
+    for first in range(0, len(own), BATCH_TEXTS):
+        encode(own[first : first + BATCH_TEXTS])
+    cpu_seconds[number] = time.process_time() - began
     barrier.wait()
+
+
+def _rate(texts: Sequence[str], seconds: float, cpu_seconds: float) -> Rate:
+    return Rate(_megabytes(texts) / seconds, _megabytes(texts) / cpu_seconds)
 
 
 def _encode(kind: Kind, home: Path, threads: int) -> Callable[[list[str]], object]:
@@ -162,17 +177,22 @@ def _encode(kind: Kind, home: Path, threads: int) -> Callable[[list[str]], objec
     return lambda batch: [encoding.encode_ordinary(text) for text in batch]
 
 
-def _job(kind: Kind, home: Path, texts: list[str], folder: Path) -> float:
-    """Megabytes of text per second of the command, from its start to its end."""
+def _job(kind: Kind, home: Path, texts: list[str], folder: Path) -> Rate:
+    """The command from its start to its end, with all its workers."""
     source, out = folder / "source.jsonl", folder / "out"
     many = _repeated(texts, kind.job_bytes)
     source.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in many), "utf-8")
     arguments = ["tokenize", str(source), "--tokenizer", str(home), "--out", str(out), "--json"]
     command = [sys.executable, "-c", COMMAND, kind.encoder, *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), _cpu_seconds_of_children()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - began
+    rate = _rate(many, time.perf_counter() - began, _cpu_seconds_of_children() - cpu_began)
     assert json.loads(done.stdout)["encoder"] == kind.encoder, "the row would be another one's"
     shutil.rmtree(out)
-    return _megabytes(many) / seconds
+    return rate
+
+
+def _cpu_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

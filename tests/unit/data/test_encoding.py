@@ -50,7 +50,7 @@ VOCABULARY = {"bpe": 320, "unigram": 330, "byte-bpe": 290, "wordpiece": 120}
 @pytest.fixture(scope="module", params=tokenizers.KINDS)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizers") / request.param
-    train([TEXT * 20 + WORDS], request.param, VOCABULARY[request.param], folder)
+    train([TEXT * 20 + WORDS + "dog.\n" * 100], request.param, VOCABULARY[request.param], folder)
     return tokenizers.load(folder)
 
 
@@ -191,9 +191,11 @@ def test_ids_that_do_not_fit_are_refused(tokenizer: tokenizers.Tokenizer) -> Non
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[tokenizers.Tokenizer, FastTokenizer]:
     folder = tmp_path_factory.mktemp("fast") / "tokenizer"
-    spaces = "a  b   c    d\n  e\n\n    f\t\tg \n h  \n\n  i\u00a0j \u3000k  <  =   1"
-    train([TEXT * 20 + WORDS + spaces * 20], "byte-bpe", 340, folder)
+    spaces = "a  b   c    d\n  e\n\n    f\t\t\tg \n h  \n\n  i \u3000k  <  =   1 a\u00a0\u00a0\u00a0a "
+    train([TEXT * 20 + WORDS + spaces * 100], "byte-bpe", 360, folder)
     slow = tokenizers.load(folder)
+    # What is cut or joined wrongly must show in the ids.
+    assert [len(slow.encode(text)) for text in ("  ", "   ", "\u00a0\u00a0", "\u00a0a", "\t\t")] == [1] * 5
     fast = proved(slow, [TEXT])
     assert isinstance(fast, FastTokenizer), fast
     return slow, fast
