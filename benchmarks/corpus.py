@@ -46,7 +46,8 @@ for step in (0, packing.num_windows // 512 // 2):
     with Loader(reading, 8, 0, workers=1, first_step=step) as loader:
         loader.rows(step)
         times.append(time.perf_counter() - start)
-print(json.dumps({"open": opened - began, "cpu": cpu, "first": times[0], "resume": times[1], "rss": (peak() - before) / 1024}))
+found = {"open": opened - began, "cpu": cpu, "first": times[0], "resume": times[1], "rss": (peak() - before) / 1024}
+print(json.dumps(found))
 """
 
 
