@@ -25,7 +25,7 @@ from llm_dist.rows import Rows
 _PLANS_KEPT = 1024
 """Plans of chunks, some 15 kB each; lanes read from 256 cells at a time."""
 _CHUNKS_WORTH_KEEPING = 1024
-_READERS, _BLOCK = 16, 4096
+_READERS, _BLOCK = 32, 4096
 
 
 class Span(NamedTuple):
@@ -171,14 +171,15 @@ class BestFit:
         """Bins of each chunk: [chunks]; counting them takes minutes for a trillion tokens, so large counts are kept."""
         num_chunks = len(self._shards.chunks)
         path = cache / "bins" / f"{self._shards.fingerprint}-{self._sequence_tokens}-v{BINS_VERSION}.npy"
-        if num_chunks >= _CHUNKS_WORTH_KEEPING and (known := _kept(path, num_chunks)) is not None:
+        is_worth_keeping = num_chunks >= _CHUNKS_WORTH_KEEPING or self._shards.is_remote
+        if is_worth_keeping and (known := _kept(path, num_chunks)) is not None:
             return known
         # In threads because document ends may lie behind a network.
         with ThreadPoolExecutor(_READERS) as threads:
             blocks = (range(first, min(first + _BLOCK, num_chunks)) for first in range(0, num_chunks, _BLOCK))
             ends = (each for block in blocks for each in threads.map(self._shards.document_ends, block))
             counted = np.array([len(plan_bins(each, self._sequence_tokens).ends) for each in ends], np.int64)
-        if num_chunks >= _CHUNKS_WORTH_KEEPING:
+        if is_worth_keeping:
             _keep(path, counted)
         return counted
 

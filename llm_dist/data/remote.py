@@ -224,13 +224,13 @@ class RemoteTokens:
 
     def _await(self, runs: Sequence[Run]) -> None:
         """Have items brought into the cache, from which they may be evicted at once."""
-        while True:
-            own, others = self._request(runs, self._asked)
-            for future in own:
-                future.result()
-            # Not by `wait`, which never ends for one that is cancelled. Theirs may be the mistake of another item.
-            if not any(future.exception() for future in others):
-                return
+        own, others = self._request(runs, self._asked)
+        for future in own:
+            future.result()
+        for future in others:
+            # Not by `wait`, which never ends for one that is cancelled. Its mistake may be another item's; if it is
+            # this reader's, the item is missing and comes out when it is fetched again.
+            future.exception()
 
     def _request(self, runs: Sequence[Run], lane: _Lane) -> tuple[list[Future[None]], list[Future[None]]]:
         """Let threads fetch those items that are neither proved nor on their way; these requests, and those found."""

@@ -82,6 +82,13 @@ def test_one_process_keeps_the_bound_exactly(
         assert cache.read(str(number)) == bytes(size)
 
 
+def test_it_is_kept_between_looks_at_the_folder_too(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 5010)
+    for number in range(600):
+        cache.write(str(number), bytes(10))
+        assert number < 480 or bytes_in(tmp_path) <= 5010
+
+
 def test_a_block_larger_than_the_cache_stands_alone(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 100)
     for name in "abc":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -241,16 +240,14 @@ def test_a_slow_network_is_not_asked_for_everything_twice(server: ObjectServer, 
 
 
 def test_many_hanging_requests_do_not_teach_patience(fetcher: Fetcher, server: ObjectServer) -> None:
+    server.latency_seconds = 0.03
     for _ in range(fetch._FEWEST_SAMPLES):
         fetcher.read("one.bin", START, END)
+    at_first, _ = fetcher._patience_and_deadline(END)
     server.faults = lambda number, *_: Fault("hang") if number % 3 == 0 else None  # never two in a row
-    seconds = []
-    for _ in range(40):
-        began = time.monotonic()
+    for _ in range(60):
         fetcher.read("one.bin", START, END)
-        seconds.append(time.monotonic() - began)
-    assert statistics.median(seconds[20:]) < 1
-    assert fetcher._patience_and_deadline(END)[0] < 1
+    assert fetcher._patience_and_deadline(END)[0] < 3 * at_first
 
 
 def test_closing_ends_what_hangs(server: ObjectServer, fetcher: Fetcher) -> None:
