@@ -21,6 +21,7 @@ from llm_dist.config_sections import (
     Data,
     Engine,
     Eval,
+    Guard,
     Init,
     Log,
     Model,
@@ -41,6 +42,7 @@ __all__ = [
     "Data",
     "Engine",
     "Eval",
+    "Guard",
     "Init",
     "Log",
     "Model",
@@ -70,6 +72,7 @@ class Config(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
+    guard: Guard = Guard()
     log: Log = Log()
     objective: Objective = Objective()
     init: Init = Init()
@@ -92,6 +95,15 @@ class Config(Section):
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is longer than the schedule's "
                 f"{self.schedule_steps} steps (optim.total_steps, else run.steps)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can_skip(self) -> Self:
+        if self.guard.policy == "skip" and self.engine.name == "zero":
+            raise ValueError(
+                'guard.policy="skip" needs an engine that can leave an update out; engine.name="zero" has made it when '
+                'its numbers are known: choose guard.policy="rewind_and_skip", or engine.name="fsdp"'
             )
         return self
 

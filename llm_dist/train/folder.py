@@ -3,6 +3,7 @@
 config.json   the frozen run file            attempts/      one record per start
 source.json   code, versions, host           checkpoints/   step_00000100/ ...
 metrics.jsonl one line per logged step       logs/          one file per rank
+skipped.jsonl one line per step left out
 tokenizer/    copy of the data's             tensorboard/   mirror of metrics.jsonl
 """
 
@@ -33,6 +34,7 @@ class RunFolder:
         self.source = path / "source.json"
         self.metrics = path / "metrics.jsonl"
         self.heartbeat = path / "heartbeat.json"
+        self.skipped = path / "skipped.jsonl"
         self.attempts = path / "attempts"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"

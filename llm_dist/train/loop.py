@@ -21,6 +21,7 @@ def train(session: Session) -> Exit:
     run, account, watch = session.run, session.account, session.watch
     loader = session.parts.loader(account.step)
     try:
+        session.begin()
         while account.step < run.run.steps and not session.is_out_of_patience:
             with watch.phase("data"):
                 rows = loader.rows(account.step)
@@ -28,14 +29,20 @@ def train(session: Session) -> Exit:
                 valid_tokens, must_stop = session.agree(sum(batch.num_valid() for batch in micro_batches), rows)
             if must_stop:
                 return session.leave()
-            with watch.phase("step"):
-                lr = optim.learning_rate(run, account.step)
-                batches = [batch.to(session.parts.runtime.device) for batch in micro_batches]
-                result = session.parts.engine.train_step(batches, valid_tokens, lr, account.step)
-            session.finish_step(result, valid_tokens)
+            lr = optim.learning_rate(run, account.step)
+            if account.step + 1 in session.skipped:
+                session.finish_step(is_left_out=True)
+            else:
+                with watch.phase("step"):
+                    batches = [batch.to(session.parts.runtime.device) for batch in micro_batches]
+                    session.parts.engine.train_step(batches, valid_tokens, lr, account.step, session.accepts)
+                if not session.settle():
+                    continue  # back at an earlier step
             is_last = account.step == run.run.steps
             if _is_due(account.step, run.log.every_steps) or is_last:
                 session.report(lr)
+            if _is_due(account.step, run.guard.replicas_every_steps):
+                session.check_replicas()
             is_best = (_is_due(account.step, run.eval.every_steps) or is_last) and session.evaluate()
             if _is_due(account.step, run.save_every_steps) or (is_best and run.checkpoint.keep_best):
                 session.save()

@@ -18,6 +18,7 @@ from llm_dist.runtime import Runtime
 from llm_dist.train import build, loop
 from llm_dist.train.build import Parts
 from llm_dist.train.folder import RunFolder
+from llm_dist.train.guard import ReplicasDiffer, SkippedSteps
 from llm_dist.train.progress import Progress, say
 from llm_dist.train.restore import restore
 from llm_dist.train.session import Session
@@ -38,6 +39,9 @@ def start(source: str, overrides: Sequence[str] = (), accepted: Sequence[str] = 
         here = runtime.start(run.engine.deterministic)
         try:
             return _train(run, here, stop, accepted)
+        except ReplicasDiffer as error:
+            say(f"{error}; start again to go on from the checkpoint before", here.is_first)
+            return Exit.DEFECT
         except RuntimeError as error:
             if (words := runtime.lost_contact(error)) is None:
                 raise
@@ -72,6 +76,7 @@ def _train(run: config.Config, here: Runtime, stop: StopFlag, accepted: Sequence
         progress=_progress(parts, here),
         watch=watch,
         stop=stop,
+        skipped=SkippedSteps(folder.skipped),
         saved_step=account.step or None,
     )
     session.progress.say(_first_words(session, attempt))
