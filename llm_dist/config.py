@@ -32,6 +32,7 @@ from llm_dist.config_sections import (
     Run,
     Section,
     Segment,
+    Watch,
 )
 from llm_dist.errors import UserError
 
@@ -53,6 +54,7 @@ __all__ = [
     "Run",
     "Section",
     "Segment",
+    "Watch",
     "fields",
     "fingerprints",
     "load",
@@ -73,6 +75,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     guard: Guard = Guard()
+    watch: Watch = Watch()
     log: Log = Log()
     objective: Objective = Objective()
     init: Init = Init()

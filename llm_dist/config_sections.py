@@ -313,6 +313,15 @@ class Guard(Section):
     """Compare what several ranks hold alike every so many steps; before each save it is done in any case."""
 
 
+class Watch(Section):
+    """What is done about a run in which nothing goes on any more."""
+
+    hang_seconds: float = free(600.0, ge=0)
+    """A phase (waiting for data, a micro-batch, a collective) that takes longer on all ranks is a hang: who is at fault
+    is said, stacks are dumped, and the run ends with exit code 76. Building, restoring, a first step, evaluating and
+    saving may take twice as long without a sign of progress. 0: never."""
+
+
 class Log(Section):
     """What is reported."""
 

@@ -217,23 +217,6 @@ def read_parameters(folder: Path) -> dict[str, Tensor]:
     return {key.removeprefix(_PARAMETER): each.values.view(each.shape) for key, each in state.items()}
 
 
-def verify(folder: Path) -> Manifest:
-    """Read and verify every byte of a checkpoint.
-
-    Raises:
-        DamagedCheckpoint: names the first file and piece that differ.
-    """
-    manifest = layout.read_manifest(folder)
-    layout.check_frame(folder, manifest)
-    for files in manifest.files:
-        with DataFile(folder, files.rank) as data:
-            for entry in read_table(folder, files).state.values():
-                for piece in entry.pieces:
-                    for _ in data.chunks(piece):
-                        pass
-    return manifest
-
-
 def _share(key: str, partition: Partition) -> Partition:
     """The part of a partition that this rank writes."""
     values = partition.values

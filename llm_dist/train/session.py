@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from llm_dist import config
-from llm_dist.checkpoint import commit
+from llm_dist.checkpoint import commit, layout
 from llm_dist.checkpoint.layout import Facts
 from llm_dist.checkpoint.store import Store
 from llm_dist.data.trace import trace
 from llm_dist.errors import Exit, UserError
-from llm_dist.evaluate import Evaluation, evaluate
+from llm_dist.evaluate import Evaluation, EvaluationStopped, evaluate
 from llm_dist.metrics import Metrics
 from llm_dist.rows import Rows
 from llm_dist.runtime import code_fingerprint
 from llm_dist.train.account import Account
 from llm_dist.train.build import Parts
 from llm_dist.train.guard import Numbers, ReplicasDiffer, SkippedSteps, differing_replica, judge
+from llm_dist.train.ledger import Ledger
 from llm_dist.train.progress import Progress
 from llm_dist.train.restore import restore
 from llm_dist.train.stop import StopFlag
@@ -42,6 +43,8 @@ class Session:
     """Rank 0 only."""
     progress: Progress
     watch: Watch
+    ledger: Ledger | None
+    """Rank 0 only."""
     stop: StopFlag
     skipped: SkippedSteps
     saved_step: int | None = None
@@ -142,6 +145,7 @@ class Session:
             self.store.wait()
             before = self.account.step
             self.account.become(restore(self.parts, self.store, self.parts.runtime, self.progress.say))
+            self.watch.step = self.account.step
         self.saved_step = self.account.step
         self.numbers = None
         self.progress.say(f"back at step {self.account.step}: {before - self.account.step} steps are computed again")
@@ -161,12 +165,19 @@ class Session:
 
     def report(self, lr: float) -> None:
         """Write the numbers of the step just finished."""
-        numbers = self.progress.numbers(self.watch.take())
-        record: dict[str, Any] = {"lr": lr, "tokens": self.account.tokens, **self._sources()}
-        if self.numbers is None:
-            record["left_out"] = 1
-        else:
-            record |= {"loss_nats": self.numbers.loss_nats, "grad_norm": self.numbers.grad_norm}
+        with self.watch.phase("report"):
+            self._report(lr, self.watch.take())
+
+    def _report(self, lr: float, seconds: dict[str, float]) -> None:
+        numbers = self.progress.numbers(seconds)
+        record: dict[str, Any] = {"left_out": 1}
+        if self.numbers is not None:
+            record = {"loss_nats": self.numbers.loss_nats, "grad_norm": self.numbers.grad_norm}
+        record |= {"lr": lr, "tokens": self.account.tokens, **self._sources()}
+        if "save" in seconds:
+            record["save_stall_seconds"] = seconds["save"]
+        if self.ledger is not None:
+            record["goodput"] = self.ledger.fractions()
         if self.metrics is not None:
             self.metrics.write(self.account.step, {**record, **numbers, "memory_bytes": _peak_memory_bytes()})
         self.progress.show(self.account.step, self.numbers.loss_nats if self.numbers else None)
@@ -194,10 +205,13 @@ class Session:
             }
         }
 
-    def evaluate(self) -> bool:
-        """Score every held-out folder; whether the first one is at its best. Collective."""
+    def evaluate(self) -> bool | None:
+        """Score every held-out folder; whether the first is at its best, None where a stop cut it short. Collective."""
         with self.watch.phase("eval"):
-            results = {name: self._evaluate_one(name) for name in self.parts.data.holdouts}
+            try:
+                results = {name: self._evaluate_one(name) for name in self.parts.data.holdouts}
+            except EvaluationStopped:
+                return None
         if not results:
             return False
         if self.metrics is not None:
@@ -207,12 +221,16 @@ class Session:
                 f"step {self.account.step}: {name} loss {result.loss_nats:.4f} nats, perplexity "
                 f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte"
             )
-        return self.account.saw_evaluation(next(iter(results.values())).loss_nats)
+        is_best = self.account.saw_evaluation(next(iter(results.values())).loss_nats)
+        if self.saved_step == self.account.step and self.parts.runtime.is_first:  # saved when a stop had cut this short
+            commit.amend(self.store.folder / layout.checkpoint_name(self.account.step), self.account.to_dict())
+            self._retain()
+        return is_best
 
     def _evaluate_one(self, name: str) -> Evaluation:
         run, parts = self.run, self.parts
         return evaluate(
-            parts.engine.eval_step,
+            self.watch.marked(parts.engine.eval_step),
             parts.objective,
             parts.data.holdouts[name],
             parts.runtime,
@@ -220,6 +238,7 @@ class Session:
             document_mask=run.data.document_mask,
             sequences_per_batch=run.batch.sequences_per_micro_batch,
             max_sequences=run.eval.max_sequences,
+            must_stop=lambda: parts.runtime.any(self.stop.is_raised),
         )
 
     def save(self, is_last: bool = False) -> None:
@@ -277,10 +296,10 @@ class Session:
 
     def close(self) -> None:
         """Let go of files and of what the engine's vendor holds."""
-        if self.metrics is not None:
-            self.metrics.close()
-        self.parts.close()
-        self.watch.close()
+        with self.watch.phase("close"):
+            if self.metrics is not None:
+                self.metrics.close()
+            self.parts.close()
 
 
 def _peak_memory_bytes() -> int:

@@ -181,7 +181,10 @@ def test_a_mixture_is_weights_by_source_from_a_step_on(path):
     [
         (["data.train={}"], "data.train names no source; give a folder, or a table of folders by name"),
         (['data.train={""="x"}'], "data.train names no source; "),
-        ([SOURCES, segments((1, "{web=1}"))], "data.mixture: from_step must begin at 0 and rise from segment to segment"),
+        (
+            [SOURCES, segments((1, "{web=1}"))],
+            "data.mixture: from_step must begin at 0 and rise from segment to segment",
+        ),
         ([SOURCES, segments((0, "{web=1}"), (9, "{web=2}"), (5, "{code=1}"))], "found [0, 9, 5]"),
         ([SOURCES, segments((0, "{web=1}"), (5, "{web=2}"), (5, "{code=1}"))], "found [0, 5, 5]"),
         (
@@ -190,10 +193,16 @@ def test_a_mixture_is_weights_by_source_from_a_step_on(path):
         ),
         ([segments((0, "{web=1}"))], "data.mixture[0] weighs web, which data.train does not name; it names train"),
         *(
-            ([SOURCES, segments((0, "{web=1}"), (5, weights))], "data.mixture[1].weights must be at least 0, finite, and ")
+            (
+                [SOURCES, segments((0, "{web=1}"), (5, weights))],
+                "data.mixture[1].weights must be at least 0, finite, and ",
+            )
             for weights in ("{web=-1, code=2}", "{web=inf}", "{web=nan, code=1}", "{web=0, code=0.0}")
         ),
-        ([SOURCES, segments((-1, "{web=1}"))], "data.mixture.0.from_step=-1: input should be greater than or equal to 0"),
+        (
+            [SOURCES, segments((-1, "{web=1}"))],
+            "data.mixture.0.from_step=-1: input should be greater than or equal to 0",
+        ),
         ([SOURCES, segments((0, "{}"))], "data.mixture.0.weights={}: dictionary should have at least 1 item"),
         ([SOURCES, segments((0, '{web="much"}'))], "data.mixture.0.weights.web='much': input should be a valid number"),
         ([SOURCES, "data.mixture=[{from_step=0}]"], "data.mixture.0.weights is missing"),

@@ -45,7 +45,9 @@ def scored(rows: Rows, tokens: np.ndarray) -> list[int]:
     return tokens[np.arange(tokens.shape[1]) < rows.num_scored[:, None]].tolist()
 
 
-@given(sequence_tokens=st.integers(1, 100), first=st.integers(0, 30), step=st.integers(1, 4), document_mask=st.booleans())
+@given(
+    sequence_tokens=st.integers(1, 100), first=st.integers(0, 30), step=st.integers(1, 4), document_mask=st.booleans()
+)
 def test_any_windows_are_read_alike_alone_and_together(shards, sequence_tokens, first, step, document_mask) -> None:
     windows = HoldoutWindows(shards, sequence_tokens, document_mask)
     everything = windows.rows(range(windows.num_windows))

@@ -43,7 +43,9 @@ def counts_by_definition(names: list[str], segments: list[Segment], sequences_pe
     return counts
 
 
-@given(mixture=mixtures(), steps=st.lists(st.one_of(st.integers(0, 60), st.integers(0, 10**14)), min_size=1, max_size=8))
+@given(
+    mixture=mixtures(), steps=st.lists(st.one_of(st.integers(0, 60), st.integers(0, 10**14)), min_size=1, max_size=8)
+)
 def test_counts_are_floors_of_exact_sums_at_any_step(mixture, steps) -> None:
     names, segments, sequences_per_step = mixture
     made = Mixture(names, segments, sequences_per_step)
@@ -91,7 +93,10 @@ def test_a_segment_that_is_added_changes_nothing_before_it(mixture, data) -> Non
     first = segments[-1].from_step + data.draw(st.integers(1, 30))
     joined = [*names, "new"]
     added = Segment(first, {"new": Fraction(1), names[0]: exact(data.draw(st.sampled_from([0.1, 2.0])))})
-    before, after = Mixture(names, segments, sequences_per_step), Mixture(joined, [*segments, added], sequences_per_step)
+    before, after = (
+        Mixture(names, segments, sequences_per_step),
+        Mixture(joined, [*segments, added], sequences_per_step),
+    )
     for step in range(first + 1):
         assert after.counts(step) == [*before.counts(step), 0]
     gone_on = zip(after.counts(first + 1), before.counts(first), strict=False)

@@ -132,7 +132,9 @@ def test_every_source_is_read_once_per_epoch_of_its_own(sources: Sources, packin
         size = source.order.num_windows
         per_epoch = Counter(epoch for place, epoch, _ in read if place == number)
         whole_epochs, rest = divmod(count, size)
-        assert per_epoch == Counter({**dict.fromkeys(range(whole_epochs), size), **({whole_epochs: rest} if rest else {})})
+        assert per_epoch == Counter(
+            {**dict.fromkeys(range(whole_epochs), size), **({whole_epochs: rest} if rest else {})}
+        )
         if packing == "best_fit":
             of_rest = source.order.windows(np.arange(whole_epochs * size, count))
             packed = source.packing.rows(np.zeros_like(of_rest), of_rest, document_mask=False)

@@ -32,9 +32,7 @@ class Stream(NamedTuple):
 def write_source(folder: Path, tokenizer: Path, lengths: Sequence[int], chunk_tokens: int = 64) -> Stream:
     """Documents of `lengths` tokens behind their separators."""
     firsts = np.cumsum([0, *(length + 1 for length in lengths)])[:-1]
-    documents = [
-        range(first + 2, first + 2 + length) for first, length in zip(firsts.tolist(), lengths, strict=True)
-    ]
+    documents = [range(first + 2, first + 2 + length) for first, length in zip(firsts.tolist(), lengths, strict=True)]
     stream = write_shards(folder, documents, tokenizer, chunk_tokens=chunk_tokens)
     is_start = np.zeros(len(stream), np.bool_)
     is_start[firsts] = True

@@ -65,7 +65,10 @@ def test_another_run_or_other_data_is_refused_and_nothing_is_written(tmp_path, f
         folder.open(run(tmp_path, "model.layers=2", "run.steps=20"), DATA, [])
     other = run(tmp_path, "data.train=elsewhere", "run.steps=20")
     for changed, words in (
-        ({"data.train": "7" * 64}, "source train of data.train has fingerprint 777777777777, but the run's had dddddddddddd"),
+        (
+            {"data.train": "7" * 64},
+            "source train of data.train has fingerprint 777777777777, but the run's had dddddddddddd",
+        ),
         ({"tokenizer": "7" * 64}, "the tokenizer has fingerprint 777777777777, but the run's had eeeeeeeeeeee"),
     ):
         with pytest.raises(ResumeRefused) as caught:
