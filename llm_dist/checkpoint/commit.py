@@ -11,9 +11,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llm_dist.checkpoint import layout
 from llm_dist.checkpoint.layout import MANIFEST, Found, Manifest, RankFiles, table_name
@@ -125,6 +127,13 @@ def publish(writing: Path, final: Path, manifest: Manifest) -> None:
         delete(final)
     writing.rename(final)
     fsync_folder(final.parent)
+
+
+def amend(folder: Path, trajectory: Mapping[str, Any]) -> None:
+    """Rank 0: replace the trajectory that a complete checkpoint records; it is complete all the while."""
+    manifest = replace(layout.read_manifest(folder), trajectory=dict(trajectory))
+    write_durably(folder / MANIFEST, manifest.to_bytes())
+    fsync_folder(folder)
 
 
 def give_up(writing: Path, rank: int, num_ranks: int, reason: str) -> None:
