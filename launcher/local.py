@@ -24,6 +24,8 @@ HANG_GRACE_SECONDS = 5.0
 """How long ranks may take to leave their stacks in their logs after one has found that the run hangs."""
 SAVE_GRACE_SECONDS = 25.0
 """How long ranks may take to save and leave after another has died."""
+START_GRACE_SECONDS = 1.0
+"""The same where no rank has begun its attempt: those that wait to meet the dead one have nothing to save."""
 _POLL_SECONDS = 0.1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _WAS_STOPPED = tuple(-number for number in _STOP_SIGNALS)
@@ -172,23 +174,25 @@ def _attempt(job: Job, stop: StopRequests) -> Exit | Failure:
     if stop.is_wanted:
         return Exit.STOPPED
     port = ports.choose_port() if job.port is None else ports.require_free(job.port)
-    with start(job.command, job.ranks, port, job.logs, next_attempt(job.run)) as ranks:
+    attempt = next_attempt(job.run)
+    with start(job.command, job.ranks, port, job.logs, attempt) as ranks:
         follower = Follower(log_path(job.logs, 0), ranks.members[0].log_start_bytes)
         try:
-            return _watch(ranks, stop, follower, job)
+            return _watch(ranks, stop, follower, job, attempt)
         finally:
             ranks.kill()
             follower.close()
 
 
-def _watch(ranks: Ranks, stop: StopRequests, follower: Follower, job: Job) -> Exit | Failure:
+def _watch(ranks: Ranks, stop: StopRequests, follower: Follower, job: Job, attempt: int) -> Exit | Failure:
     leave_by: float | None = None
     while True:
         stop.pass_on(ranks)
         follower.show()
         codes = ranks.codes()
         if failed := [number for number, code in codes.items() if not _is_in_order(code, stop)]:
-            return _end_others(ranks, _first_of(failed, codes), codes, follower, job.run)
+            grace_seconds = SAVE_GRACE_SECONDS if next_attempt(job.run) > attempt else START_GRACE_SECONDS
+            return _end_others(ranks, _first_of(failed, codes), codes, follower, job.run, grace_seconds)
         if any(code in _WAS_STOPPED for code in codes.values()):  # no rank has begun to train, and none can
             ranks.terminate(_POLL_SECONDS, follower.show)
             return _say_stopped(job)
@@ -215,7 +219,9 @@ def _first_of(failed: Sequence[int], codes: dict[int, int]) -> int:
     return min(failed, key=lambda number: (codes[number] != Exit.USER_ERROR, codes[number] >= 0, number))
 
 
-def _end_others(ranks: Ranks, number: int, codes: dict[int, int], follower: Follower, run: Path) -> Failure:
+def _end_others(
+    ranks: Ranks, number: int, codes: dict[int, int], follower: Follower, run: Path, grace_seconds: float
+) -> Failure:
     code = codes[number]
     if code == Exit.USER_ERROR:  # the others come to the same conclusion, and rank 0 says it best
         ranks.wait(2.0, follower.show)
@@ -224,7 +230,7 @@ def _end_others(ranks: Ranks, number: int, codes: dict[int, int], follower: Foll
         ranks.wait(HANG_GRACE_SECONDS, follower.show)
         ranks.kill()
         return Failure(number, code, tuple(ranks.members[number].last_lines(8)), verdict=hang_verdict(run))
-    ranks.terminate(SAVE_GRACE_SECONDS, follower.show)
+    ranks.terminate(grace_seconds, follower.show)
     while_stopping = Exit.STOPPED in codes.values()
     return Failure(number, code, tuple(ranks.members[number].last_lines(8)), while_stopping)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.kill.plan import Kill, Phase, Setting
+from llm_dist.checkpoint import layout
+from tests.kill.plan import PHASES, Kill, Phase, Setting
 
 RANKS = 2
 EVERY_STEPS = 20
@@ -24,6 +25,10 @@ VANISH_SECONDS = 30.0
 _BEGUN = re.compile(r"attempt \d+: (?:begins|resumed at step \d+) of ")
 _STEP = re.compile(r"step +(\d+)/\d+ ")
 _LEAVING = re.compile(r"finished at step|stopped at step|stopped before the first step")
+_TRIES = 4
+"""Occasions to come to a phase that is soon over; then it strikes wherever the run is."""
+_LENGTH_SECONDS = {"build": 0.15, "first step": 0.01, "training": 0.3, "saving": 0.02, "validation": 0.06}
+"""About how long a phase lasts."""
 _PROGRAMS = {
     "llm-launch": ("-m", "launcher.cli", "local", "--ranks", str(RANKS), "--max-restarts", "999"),
     "torchrun": (
@@ -58,6 +63,12 @@ class Victim:
     def code(self) -> int | None:
         """How the launcher ended; None while it runs."""
         return self.launcher.poll()
+
+    @property
+    def step(self) -> int:
+        """Of the latest complete checkpoint."""
+        found = layout.latest(self.run_folder / "checkpoints")
+        return found.step if found else 0
 
     def meet_new_ranks(self) -> bool:
         """Wait for the ranks of a new attempt; False where the launcher ends before."""
@@ -132,20 +143,21 @@ class Victim:
             time.sleep(kill.delay * begin_seconds)
             return self.code is None
         if kill.aim == "shutdown":
-            return self._until(lambda: self.phase() not in ("imports", "build")) and self._ask_to_leave(kill)
-        length = {"build": 0.15, "first step": 0.01, "training": 0.3, "saving": 0.02, "validation": 0.06}[kill.aim]
-        left = 0 if kill.aim in ("build", "first step") else kill.occasions
-        deadline = time.monotonic() + 20.0
-        while time.monotonic() < deadline:
-            if not self._until(lambda: self.phase() == kill.aim or _LEAVING.search(self.said()) is not None):
+            return self._until(lambda: self.phase() not in PHASES[:2]) and self._ask_to_leave(kill)
+        if kill.aim in ("build", "first step"):
+            place = PHASES.index(kill.aim)
+            return self._until(lambda: PHASES.index(self.phase()) >= place) and self._wait(kill)
+        for occasion in range(kill.occasions + _TRIES):
+            if not self._until(lambda: self.phase() in (kill.aim, "shutdown")) or not self._wait(kill):
                 return False
-            time.sleep(kill.delay * length)
-            if self.phase() in (kill.aim, "shutdown"):
-                if left == 0 or self.phase() == "shutdown":
-                    return True
-                left -= 1
+            if self.phase() == "shutdown" or (self.phase() == kill.aim and occasion >= kill.occasions):
+                return True
             self._until(lambda: self.phase() != kill.aim)
         return True
+
+    def _wait(self, kill: Kill) -> bool:
+        time.sleep(kill.delay * _LENGTH_SECONDS[kill.aim])
+        return self.code is None
 
     def _ask_to_leave(self, kill: Kill) -> bool:
         self.launcher.send_signal(signal.SIGTERM)
