@@ -185,6 +185,8 @@ def retain(
 def sweep(checkpoints: Path, attempt: int, save: int = 0) -> list[str]:
     """Rank 0: delete what crashes left: temporary folders of earlier saves and half-deleted checkpoints.
 
+    The latter at start-up only (`save` of 0): later, `retain` may just be deleting one, in another thread.
+
     Returns:
         The names deleted.
     """
@@ -194,7 +196,8 @@ def sweep(checkpoints: Path, attempt: int, save: int = 0) -> list[str]:
     for path in checkpoints.iterdir():
         match = _WRITING_NAME.fullmatch(path.name)
         stale = match is not None and (int(match[1]), int(match[2])) < (attempt, save)
-        if stale or (layout.step_of(path) is not None and not layout.is_complete(path)):
+        is_half_deleted = save == 0 and layout.step_of(path) is not None and not layout.is_complete(path)
+        if stale or is_half_deleted:
             shutil.rmtree(path, ignore_errors=True)
             swept.append(path.name)
     return sorted(swept)
