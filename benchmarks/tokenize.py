@@ -138,7 +138,7 @@ def _in_threads(kind: Kind, home: Path, texts: list[str], cores: int) -> Rate:
 def _in_processes(kind: Kind, home: Path, texts: list[str], cores: int) -> Rate:
     """The library in one process per core, which has its texts already."""
     context = get_context("fork")
-    barrier, cpu_seconds = context.Barrier(cores + 1), context.Array("d", cores)
+    barrier, cpu_seconds = context.Barrier(cores + 1), context.Array("d", cores, lock=False)
     workers = [context.Process(target=_work, args=(kind, home, texts, n, barrier, cpu_seconds)) for n in range(cores)]
     for worker in workers:
         worker.start()
@@ -148,7 +148,7 @@ def _in_processes(kind: Kind, home: Path, texts: list[str], cores: int) -> Rate:
     seconds = time.perf_counter() - began
     for worker in workers:
         worker.join()
-    return _rate(texts, seconds, sum(cpu_seconds))
+    return _rate(texts, seconds, sum(cpu_seconds[:]))
 
 
 def _work(kind: Kind, home: Path, texts: list[str], number: int, barrier: Barrier, cpu_seconds: Any) -> None:

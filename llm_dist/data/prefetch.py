@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from itertools import islice
 
 from llm_dist.data.reading import Reading
-from llm_dist.errors import UserError
 
 PREFETCH_SEQUENCES = 1 << 12
 """Of one rank."""
@@ -20,8 +19,8 @@ _TELL_SEQUENCES = 1 << 9
 _TELLS = 2
 """At each advance, so that the first one keeps nobody waiting and the next ones catch up."""
 _FIRST_SEQUENCES = 1 << 6
-"""What is read at once at the start."""
-_READERS = 16
+"""Read at the start, before anything could be told."""
+_READERS = 32
 _CELLS_REMEMBERED = 1 << 12
 
 
@@ -31,16 +30,16 @@ class Prefetcher:
     def __init__(self, reading: Reading, rows: range, first_step: int) -> None:
         self._reading = reading
         self._rows = rows
-        self._told_until = first_step
+        self._has_begun, self._told_until = False, first_step
         self._ahead_steps = -(-PREFETCH_SEQUENCES // max(1, len(rows)))
         self._tell_steps = max(1, _TELL_SEQUENCES // max(1, len(rows)))
         self._told: dict[tuple[int, int, int], None] = {}
 
     def advance(self, step: int) -> None:
         """Tell what more of the steps until PREFETCH_SEQUENCES behind `step` read, the nearest first."""
-        if not self._told_until - 2 * self._ahead_steps <= step <= self._told_until or not self._told:
-            self._told_until = step  # somebody jumped, or begins
-            self._tell_rows(range(step, step + max(1, _FIRST_SEQUENCES // max(1, len(self._rows)))))
+        if not self._has_begun or not self._told_until - 2 * self._ahead_steps <= step <= self._told_until:
+            self._has_begun, self._told_until = True, step  # or somebody jumped
+            self._read_rows(range(step, step + max(1, _FIRST_SEQUENCES // max(1, len(self._rows)))))
         for _ in range(_TELLS):
             if self._told_until >= step + self._ahead_steps:
                 return
@@ -48,21 +47,19 @@ class Prefetcher:
             self._tell_cells(steps)
             self._told_until = steps.stop
 
-    def _tell_rows(self, steps: range) -> None:
-        """Somebody waits for these already, and not for the rest of their cells."""
+    def _read_rows(self, steps: range) -> None:
+        """Read what somebody waits for already, all at once; what goes wrong comes out where it is read again."""
+        threads = ThreadPoolExecutor(_READERS, "data.first")
+        for place in islice(self._windows(steps), _FIRST_SEQUENCES):
+            threads.submit(self._read_row, *place)
+        threads.shutdown(wait=False)
 
-        def tell(place: tuple[int, int, int]) -> None:
-            number, epoch, window = place
-            source = self._reading.sources[number]
-            with suppress(UserError):  # which comes out where the row is read
-                for _, start, num_tokens in source.packing.spans(epoch, window):
-                    source.shards.prefetch(start, num_tokens + 1)
-                    if self._reading.document_mask:
-                        source.shards.document_starts(start, num_tokens)
-
-        # Side by side because document ends, of which masks are made and bins are planned, are waited for.
-        with ThreadPoolExecutor(_READERS) as threads:
-            list(threads.map(tell, self._windows(steps)))
+    def _read_row(self, number: int, epoch: int, window: int) -> None:
+        source = self._reading.sources[number]
+        for _, start, num_tokens in source.packing.spans(epoch, window):
+            source.shards.tokens(start, num_tokens + 1)
+            if self._reading.document_mask:
+                source.shards.document_starts(start, num_tokens)
 
     def _tell_cells(self, steps: range) -> None:
         for number, epoch, window in self._windows(steps):

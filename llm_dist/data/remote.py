@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -228,8 +228,7 @@ class RemoteTokens:
             own, others = self._request(runs, self._asked)
             for future in own:
                 future.result()
-            wait(others)
-            # Theirs may be the mistake of an item that is not wanted here.
+            # Not by `wait`, which never ends for one that is cancelled. Theirs may be the mistake of another item.
             if not any(future.exception() for future in others):
                 return
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,8 +36,8 @@ from llm_dist.tokenizer_fast import FastTokenizer, load_fast, proved
 
 BYTES_PER_WORKER = 8 << 20
 """Input below which starting one more worker costs more than it saves."""
-FAST_BYTES = 4 << 20
-"""Input below which proving that tiktoken may encode costs about what it saves: half a second."""
+FAST_BYTES = 16 << 20
+"""Shorter input is encoded before it would be proved that tiktoken may encode, which takes most of a second."""
 _SAMPLE_TEXTS, _SAMPLE_CHARACTERS = 256, 1 << 19
 
 
@@ -91,8 +91,6 @@ class TokenizeReport:
 class _Job:
     files: Sequence[InputFile]
     hashing: Hashing
-    recipe: Mapping[str, Any]
-    """What decides the shards beside the inputs."""
     tokenizer: Tokenizer
     output: Output
     split: Split
@@ -101,6 +99,11 @@ class _Job:
     holdout: float
     workers: int
     progress: Callable[[Progress], None]
+
+    def made_from(self) -> dict[str, Any]:
+        """What decides the shards, known when the inputs are hashed."""
+        chosen = {"seed": self.seed, "split": self.split, "holdout": self.holdout}
+        return {"inputs": self.hashing.result(), "tokenizer": self.tokenizer.fingerprint, **chosen}
 
     def texts(self, tally: Tally) -> Iterator[str]:
         for document in read_files(self.files, split=self.split, on_bad=self.on_bad, tally=tally):
@@ -136,14 +139,11 @@ def tokenize(
         with Output(Path(out)) as output:
             files = [output.spooled(file) if file.path is None else file for file in files]
             tell(Progress("reading"))
-            recipe = {"tokenizer": tokenizer.fingerprint, "seed": seed, "split": split, "holdout": holdout}
+            count = num_workers(workers, sum(map(unpacked_bytes, files)))
             with Hashing(files) as hashing:
-                encoder = None
-                if output.is_empty() or not output.is_made_from({"inputs": hashing.result(), **recipe}):
-                    input_bytes = sum(unpacked_bytes(file) for file in files)
-                    count = num_workers(workers, input_bytes)
-                    job = _Job(files, hashing, recipe, tokenizer, output, split, on_bad, seed, holdout, count, tell)
-                    encoder = _make(job, Tally(num_skipped_files=num_skipped), input_bytes)
+                job = _Job(files, hashing, tokenizer, output, split, on_bad, seed, holdout, count, tell)
+                is_new = output.is_empty() or not output.is_made_from(job.made_from())
+                encoder = _make(job, Tally(num_skipped_files=num_skipped)) if is_new else None
             return _report(output, time.perf_counter() - began, encoder)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -151,8 +151,9 @@ def tokenize(
         raise UserError(f"{out}: the disk is full; nothing was kept; free space or name another --out") from None
 
 
-def _make(job: _Job, tally: Tally, input_bytes: int) -> str:
+def _make(job: _Job, tally: Tally) -> str:
     """Make and publish both parts; say what encoded them."""
+    input_bytes = sum(map(unpacked_bytes, job.files))
     dtype = DTYPES[dtype_name(job.tokenizer.vocabulary_tokens)]
     spill = Spill(job.output.work / "spill", num_buckets(input_bytes), dtype)
     with ExitStack() as stack:
@@ -199,9 +200,9 @@ def _encode(job: _Job, fastest: Future[tuple[Tokenizer, str]], tally: Tally, spi
 
 def _encoded(job: _Job, fastest: Future[tuple[Tokenizer, str]], tally: Tally) -> Iterator[Encoded]:
     texts, encoder = job.texts(tally), Encoder(job.tokenizer)
-    first_batches = batches(texts)
+    ahead = batches(texts)
     # Ids are the same whoever encodes, so the slower one begins while the faster one is being proved.
-    while not fastest.done() and (batch := next(first_batches, None)):
+    while not fastest.done() and (batch := next(ahead, None)):
         yield encoder.encode(batch)
     tokenizer, _ = fastest.result()
     yield from encode_all(texts, tokenizer, load_fast if isinstance(tokenizer, FastTokenizer) else load, job.workers)
@@ -243,7 +244,7 @@ def _write(job: _Job, spill: Spill, parts: Parts, tally: Tally) -> None:
             "num_bad_records": tally.num_bad_records,
             "first_bad": tally.first_bad,
         }
-        made_from = {"inputs": job.hashing.result(), **job.recipe, "outcome": outcome}
+        made_from = {**job.made_from(), "outcome": outcome}
         tokenizer_files = [job.tokenizer.folder / name for name in FILES]
         for name, writer, source in zip(names, writers, sources, strict=True):
             record = origin_record(name, tally.documents_per_file, parts)
@@ -258,9 +259,8 @@ def _dealt(job: _Job, block: Documents, parts: Parts) -> Iterator[tuple[int, Doc
         return
     places = np.arange(len(block.numbers))
     cut = int(np.flatnonzero(block.numbers == parts.tail_from)[0])
-    encoder = Encoder(job.tokenizer)
     for part, (inside, text) in enumerate(zip(insides, parts.cut, strict=True)):
-        piece = encoder.encode([text])
+        piece = Encoder(job.tokenizer).encode([text])
         yield part, block.take(places[inside & (places < cut)])
         yield part, Documents(block.numbers[[cut]], block.hashes[[cut]], piece.num_tokens, piece.num_bytes, piece.ids)
         yield part, block.take(places[inside & (places > cut)])

