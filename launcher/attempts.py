@@ -55,6 +55,12 @@ def describe_checkpoint(run: Path) -> str:
     return "no complete checkpoint stands yet" if step is None else f"the checkpoint at step {step} stands"
 
 
+def hang_verdict(run: Path) -> str | None:
+    """Why the newest attempt ended, where its ranks found that nothing went on any more."""
+    verdict = read_table(run / "heartbeats" / f"verdict_{next_attempt(run) - 1:04d}.json")
+    return None if verdict is None else str(verdict.get("words"))
+
+
 def heartbeat(run: Path) -> dict[str, Any] | None:
     """The last sign of life of rank 0: pid, host, time (unix seconds), step, phase."""
     return read_table(run / "heartbeat.json")

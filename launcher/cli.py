@@ -100,6 +100,39 @@ def status(
 
 @app.command(
     epilog=_examples(
+        "llm-launch fork runs/demo --step 400 --out runs/annealed run.steps=500 optim.total_steps=500 "
+        "optim.schedule=wsd optim.decay_fraction=0.2",
+        "llm-launch fork runs/demo --out runs/lower optim.lr=1e-4",
+    )
+)
+def fork(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    overrides: Overrides = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    step: Annotated[int | None, typer.Option(min=0, help="Checkpoint of this step instead of the latest.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a new run that goes on from a checkpoint of another one, with another schedule, mixture or length."""
+
+    def action() -> int:
+        from dataclasses import asdict
+
+        from launcher.fork import fork as make
+
+        made = make(run, out, step, overrides or [])
+        if as_json:
+            _print_json(asdict(made))
+        else:
+            changes = f", with other {', '.join(made.changed)}" if made.changed else ""
+            print(f"{made.run}: {made.parent} from step {made.step} on, to step {made.steps}{changes}")
+        return Exit.DONE
+
+    raise typer.Exit(exit_code_of(action))
+
+
+@app.command(
+    epilog=_examples(
         "llm-launch plan configs/demo.toml --ranks 2",
         "llm-launch plan configs/7b.toml --ranks 64 --gpu H100 --price 2.5",
         "llm-launch plan configs/7b.toml --ranks 8 --gpu H200 engine.name=zero --json",

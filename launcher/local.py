@@ -16,14 +16,20 @@ from types import FrameType
 from typing import Any
 
 from launcher import ports
-from launcher.attempts import describe_checkpoint, latest_complete_step, next_attempt
+from launcher.attempts import describe_checkpoint, hang_verdict, latest_complete_step, next_attempt
 from launcher.ranks import Ranks, log_path, start
 from llm_dist.errors import Exit
 
+HANG_GRACE_SECONDS = 5.0
+"""How long ranks may take to leave their stacks in their logs after one has found that the run hangs."""
 SAVE_GRACE_SECONDS = 25.0
 """How long ranks may take to save and leave after another has died."""
+START_GRACE_SECONDS = 1.0
+"""The same where no rank has begun its attempt: those that wait to meet the dead one have nothing to save."""
 _POLL_SECONDS = 0.1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_WAS_STOPPED = tuple(-number for number in _STOP_SIGNALS)
+"""How a rank ends that is asked to stop before it listens, in the first moments of its process."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,16 @@ class Failure:
     rank: int
     code: int
     last_lines: tuple[str, ...]
+    while_stopping: bool = False
+    """Another rank had left before, because it was asked to stop."""
+    verdict: str | None = None
+    """Who was at fault, where the ranks found that nothing went on any more."""
 
     @property
     def cause(self) -> str:
         """Code or signal in words."""
+        if self.verdict is not None:
+            return f"hang: {self.verdict}"
         return f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
 
 
@@ -99,7 +111,7 @@ def supervise(job: Job) -> Outcome:
             before, step = step, latest_complete_step(job.run)
             failures = 1 if (step or 0) > (before or 0) else failures + 1
             _say_failure(job, ending)
-            if stop.is_wanted:
+            if stop.is_wanted or ending.while_stopping:
                 return Outcome(Exit.STOPPED, starts, ending)
             if failures > job.max_restarts:
                 _say(f"gave up after {failures} failures in a row without a newer checkpoint; {_standing(job)}")
@@ -162,23 +174,28 @@ def _attempt(job: Job, stop: StopRequests) -> Exit | Failure:
     if stop.is_wanted:
         return Exit.STOPPED
     port = ports.choose_port() if job.port is None else ports.require_free(job.port)
-    with start(job.command, job.ranks, port, job.logs, next_attempt(job.run)) as ranks:
+    attempt = next_attempt(job.run)
+    with start(job.command, job.ranks, port, job.logs, attempt) as ranks:
         follower = Follower(log_path(job.logs, 0), ranks.members[0].log_start_bytes)
         try:
-            return _watch(ranks, stop, follower, job)
+            return _watch(ranks, stop, follower, job, attempt)
         finally:
             ranks.kill()
             follower.close()
 
 
-def _watch(ranks: Ranks, stop: StopRequests, follower: Follower, job: Job) -> Exit | Failure:
+def _watch(ranks: Ranks, stop: StopRequests, follower: Follower, job: Job, attempt: int) -> Exit | Failure:
     leave_by: float | None = None
     while True:
         stop.pass_on(ranks)
         follower.show()
         codes = ranks.codes()
         if failed := [number for number, code in codes.items() if not _is_in_order(code, stop)]:
-            return _end_others(ranks, _first_of(failed, codes), codes, follower)
+            grace_seconds = SAVE_GRACE_SECONDS if next_attempt(job.run) > attempt else START_GRACE_SECONDS
+            return _end_others(ranks, _first_of(failed, codes), codes, follower, job.run, grace_seconds)
+        if any(code in _WAS_STOPPED for code in codes.values()):  # no rank has begun to train, and none can
+            ranks.terminate(_POLL_SECONDS, follower.show)
+            return _say_stopped(job)
         if len(codes) == len(ranks.members):
             break
         if leave_by is None and any(code != Exit.DONE for code in codes.values()):
@@ -194,10 +211,7 @@ def _watch(ranks: Ranks, stop: StopRequests, follower: Follower, job: Job) -> Ex
 
 
 def _is_in_order(code: int, stop: StopRequests) -> bool:
-    if code in (Exit.DONE, Exit.STOPPED):
-        return True
-    asked = (-signal.SIGTERM, -signal.SIGKILL) if stop.interrupts else (-signal.SIGTERM,)
-    return stop.is_wanted and code in asked  # it had not yet come to listening for the signal
+    return code in (Exit.DONE, Exit.STOPPED, *_WAS_STOPPED) or (code == -signal.SIGKILL and stop.interrupts > 0)
 
 
 def _first_of(failed: Sequence[int], codes: dict[int, int]) -> int:
@@ -205,13 +219,20 @@ def _first_of(failed: Sequence[int], codes: dict[int, int]) -> int:
     return min(failed, key=lambda number: (codes[number] != Exit.USER_ERROR, codes[number] >= 0, number))
 
 
-def _end_others(ranks: Ranks, number: int, codes: dict[int, int], follower: Follower) -> Failure:
+def _end_others(
+    ranks: Ranks, number: int, codes: dict[int, int], follower: Follower, run: Path, grace_seconds: float
+) -> Failure:
     code = codes[number]
     if code == Exit.USER_ERROR:  # the others come to the same conclusion, and rank 0 says it best
         ranks.wait(2.0, follower.show)
         number = 0 if ranks.members[0].poll() == Exit.USER_ERROR else number
-    ranks.terminate(SAVE_GRACE_SECONDS, follower.show)
-    return Failure(number, code, tuple(ranks.members[number].last_lines(8)))
+    if code == Exit.HANG:  # nobody can save, and a rank that is stopped hears no SIGTERM
+        ranks.wait(HANG_GRACE_SECONDS, follower.show)
+        ranks.kill()
+        return Failure(number, code, tuple(ranks.members[number].last_lines(8)), verdict=hang_verdict(run))
+    ranks.terminate(grace_seconds, follower.show)
+    while_stopping = Exit.STOPPED in codes.values()
+    return Failure(number, code, tuple(ranks.members[number].last_lines(8)), while_stopping)
 
 
 def _missing(ranks: Ranks, codes: dict[int, int]) -> str:
@@ -224,6 +245,9 @@ def _say_stopped(job: Job) -> Exit:
 
 
 def _say_failure(job: Job, failure: Failure) -> None:
+    if failure.verdict is not None:
+        _say(f"{failure.cause}; the stacks of the ranks are in {job.logs}")
+        return
     ends = " ends with" if failure.last_lines else " has no line of this attempt"
     _say(f"rank {failure.rank} failed first: {failure.cause}; {log_path(job.logs, failure.rank)}{ends}")
     for line in failure.last_lines:

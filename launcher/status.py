@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.attempts import attempts, heartbeat, is_running, latest_complete_step
+from launcher.attempts import attempts, hang_verdict, heartbeat, is_running, latest_complete_step, read_table
+from launcher.goodput import Goodput, read_goodput
+from launcher.goodput import lines as goodput_lines
 from launcher.ranks import HEADER
 from launcher.wording import duration_in_words
 from llm_dist import config
@@ -41,7 +43,11 @@ class Status:
     phase: str | None
     """What rank 0 said it was doing."""
     error: str | None
-    """Last error line of the last attempt, where the run is neither running nor finished."""
+    """Last error line of the last attempt, or who made it hang, where the run is neither running nor finished."""
+    goodput: Goodput | None
+    """Where the hours went."""
+    forked_from: str | None
+    """Run and step that this one began from, where it is a fork."""
 
 
 def read_status(run: Path) -> Status:
@@ -70,8 +76,20 @@ def read_status(run: Path) -> Status:
         latest_checkpoint_step=saved,
         heartbeat_age_seconds=time.time() - float(beat["time"]) if "time" in beat else None,
         phase=beat.get("phase"),
-        error=last_error(run) if state == "not running" else None,
+        error=(_hang(run) or last_error(run)) if state == "not running" else None,
+        goodput=read_goodput(run, time.time() if state == "not running" else None),
+        forked_from=_origin(run),
     )
+
+
+def _origin(run: Path) -> str | None:
+    origin = (read_table(run / "source.json") or {}).get("forked_from")
+    return None if origin is None else f"{origin['run']} at step {origin['step']}"
+
+
+def _hang(run: Path) -> str | None:
+    words = hang_verdict(run)
+    return None if words is None else f"hang: {words}"
 
 
 def last_error(run: Path) -> str | None:
@@ -95,6 +113,11 @@ def render(status: Status) -> str:
         f"  checkpoint  {'none yet' if saved is None else f'step {saved}'}",
         f"  attempts    {status.attempts}",
     ]
+    if status.forked_from is not None:
+        lines.append(f"  forked from {status.forked_from}")
+    if status.goodput is not None:
+        first, *rest = goodput_lines(status.goodput)
+        lines += [f"  goodput     {first}", *(f"              {line}" for line in rest)]
     if status.error:
         lines.append(f"  last error  {status.error}")
     return "\n".join(lines)

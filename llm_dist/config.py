@@ -21,6 +21,7 @@ from llm_dist.config_sections import (
     Data,
     Engine,
     Eval,
+    Guard,
     Init,
     Log,
     Model,
@@ -31,6 +32,7 @@ from llm_dist.config_sections import (
     Run,
     Section,
     Segment,
+    Watch,
 )
 from llm_dist.errors import UserError
 
@@ -41,6 +43,7 @@ __all__ = [
     "Data",
     "Engine",
     "Eval",
+    "Guard",
     "Init",
     "Log",
     "Model",
@@ -51,6 +54,7 @@ __all__ = [
     "Run",
     "Section",
     "Segment",
+    "Watch",
     "fields",
     "fingerprints",
     "load",
@@ -70,6 +74,8 @@ class Config(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
+    guard: Guard = Guard()
+    watch: Watch = Watch()
     log: Log = Log()
     objective: Objective = Objective()
     init: Init = Init()
@@ -92,6 +98,15 @@ class Config(Section):
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is longer than the schedule's "
                 f"{self.schedule_steps} steps (optim.total_steps, else run.steps)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can_skip(self) -> Self:
+        if self.guard.policy == "skip" and self.engine.name == "zero":
+            raise ValueError(
+                'guard.policy="skip" needs an engine that can leave an update out; engine.name="zero" has made it when '
+                'its numbers are known: choose guard.policy="rewind_and_skip", or engine.name="fsdp"'
             )
         return self
 

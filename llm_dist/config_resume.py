@@ -9,8 +9,16 @@ from llm_dist.config import Config, fields
 from llm_dist.errors import ResumeRefused
 
 
-def check_resume(before: Config, now: Config, accepted: Sequence[str] = (), step: int = 0) -> list[str]:
+def check_resume(
+    before: Config,
+    now: Config,
+    accepted: Sequence[str] = (),
+    step: int = 0,
+    way_out: str = "choose another run.name",
+) -> list[str]:
     """Names of the `from_now` keys that change when `step` steps are finished; refuses what would make another run.
+
+    `way_out` is what one does who wants another run.
 
     Raises:
         ResumeRefused: an identity key or a past segment of the mixture differs, or a `from_now` key differs and is not
@@ -27,7 +35,7 @@ def check_resume(before: Config, now: Config, accepted: Sequence[str] = (), step
         if was == is_now or rule == "free":
             continue
         if rule == "identity":
-            refused.append(f"{key} was {was!r} and is now {is_now!r}: that is another run; choose another run.name")
+            refused.append(f"{key} was {was!r} and is now {is_now!r}: that is another run; {way_out}")
         elif key not in accepted:
             refused.append(f"{key} was {was!r} and is now {is_now!r}; add --accept {key} to change it from here on")
         else:

@@ -299,6 +299,31 @@ class Eval(Section):
     """Stop when the first held-out loss has not improved for so many evaluations."""
 
 
+class Guard(Section):
+    """What is done about numbers that cannot be right."""
+
+    policy: Literal["stop", "skip", "rewind_and_skip"] = from_now("stop")
+    """At a bad step: stop; leave its update out (engines plain and fsdp); or go back to the last checkpoint, compute
+    again and leave it out there. A step left out is a finished step: its rows are consumed."""
+    spike_z: float | None = from_now(None, gt=0)
+    """A loss so many robust deviations above the last ones is bad, too; off when absent. Not finite is always bad."""
+    spike_window_steps: int = from_now(100, ge=20)
+    """How many losses a loss is compared with; at least 20 of them must be there."""
+    max_skips: int = from_now(10, ge=0)
+    """More steps left out among the last `spike_window_steps` stop the run."""
+    replicas_every_steps: int | None = free(None, ge=1)
+    """Compare what several ranks hold alike every so many steps; before each save it is done in any case."""
+
+
+class Watch(Section):
+    """What is done about a run in which nothing goes on any more."""
+
+    hang_seconds: float = free(600.0, ge=0)
+    """A phase (waiting for data, a micro-batch, a collective) that takes longer on all ranks is a hang: who is at fault
+    is said, stacks are dumped, and the run ends with exit code 76. Building, restoring, a first step, evaluating and
+    saving may take twice as long without a sign of progress. 0: never."""
+
+
 class Log(Section):
     """What is reported."""
 

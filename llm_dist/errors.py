@@ -22,6 +22,8 @@ class Exit(IntEnum):
     USER_ERROR = 2
     STOPPED = 75
     """Asked to stop; a complete checkpoint stands; start again to go on (Slurm's `RequeueExit` convention)."""
+    HANG = 76
+    """Nothing went on any more (`watch.hang_seconds`); start again to go on from the latest checkpoint."""
 
 
 class UserError(Exception):

@@ -31,6 +31,10 @@ class Evaluation:
     """UTF-8 bytes of the text that was scored."""
 
 
+class EvaluationStopped(Exception):
+    """It was left before its end, on all ranks together; it has no result."""
+
+
 def evaluate(
     loss_of: Callable[[Batch], LossSum],
     objective: Objective,
@@ -41,17 +45,25 @@ def evaluate(
     document_mask: bool = False,
     sequences_per_batch: int = 8,
     max_sequences: int | None = None,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score a held-out folder in consecutive windows of `sequence_tokens`, partial ones included.
 
     Collective: all ranks call this. Windows are dealt to the ranks in turn, and every rank makes the same number of
     calls of `loss_of`, because an engine that shards parameters gathers them in each.
+
+    `must_stop` is asked before each batch and answers the same on all ranks.
+
+    Raises:
+        EvaluationStopped: `must_stop` said so.
     """
     windows = HoldoutWindows(shards, sequence_tokens, document_mask, max_sequences)
     own = range(runtime.rank, windows.num_windows, runtime.ranks)
     most_windows = -(-windows.num_windows // runtime.ranks)
     sums = torch.zeros(2, dtype=torch.float64)
     for first in range(0, most_windows, sequences_per_batch):
+        if must_stop():
+            raise EvaluationStopped
         chosen = own[first : first + sequences_per_batch]
         batch = objective.make_batch(windows.rows(chosen), sequences_per_batch)
         loss = loss_of(batch.to(runtime.device))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ class Metrics:
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Append one record of finished step `step`."""
-        line = {"step": step, "attempt": self._attempt, **record}
+        line = {"step": step, "attempt": self._attempt, "time": round(time.time(), 3), **record}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         values = dict(_flatten(record))

@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import platform
+import time
+import uuid
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from llm_dist.errors import UserError
 
@@ -97,8 +100,10 @@ def lost_contact(error: RuntimeError) -> str | None:
     return line if is_gloo or isinstance(error, dist.DistError) else None
 
 
-def start(deterministic: bool = False) -> Runtime:
+def start(deterministic: bool = False, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Runtime:
     """Join the process group that the launcher described in the environment; alone when it described none.
+
+    Collectives give up after the `timeout`.
 
     Raises:
         UserError: the environment describes half of a launch, or a rank without a GPU.
@@ -117,8 +122,41 @@ def start(deterministic: bool = False) -> Runtime:
     if ranks == 1:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
+        store = _meeting_place(rank, ranks, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     return Runtime(rank, ranks, local_rank, device)
+
+
+def _meeting_place(rank: int, ranks: int, timeout: timedelta) -> Store:
+    """The store in which the ranks find each other.
+
+    torchrun keeps one store over its restarts, and in it the addresses of ranks that are dead: torch 2.13 then fails
+    to connect about every second time. So the ranks of each start agree on a name of their own, and write under it.
+    """
+    store: Store = next(rendezvous("env://", rank, ranks, timeout=timeout))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    own = uuid.uuid4().hex
+    if rank == 0:
+        _answer(store, own, ranks, time.monotonic() + timeout.total_seconds())
+        return PrefixStore(own, store)
+    store.set(f"here/{rank}", own)
+    name = store.get(f"answer/{own}").decode()  # an earlier start's rank 0 cannot have answered this
+    store.add(f"{name}/joined", 1)
+    return PrefixStore(name, store)
+
+
+def _answer(store: Store, name: str, ranks: int, until: float) -> None:
+    """Rank 0: tell `name` to every rank that asks, dead ones included, until all living ones have joined."""
+    answered: set[bytes] = set()
+    while store.add(f"{name}/joined", 0) < ranks - 1:
+        for key in (f"here/{rank}" for rank in range(1, ranks)):
+            if store.check([key]) and (asked := store.get(key)) not in answered:
+                store.set(f"answer/{asked.decode()}", name)
+                answered.add(asked)
+        if time.monotonic() > until:
+            raise TimeoutError("not all ranks have come to the meeting place; their logs say why")
+        time.sleep(0.02)
 
 
 def _check_launch(ranks: int) -> None:

@@ -11,9 +11,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llm_dist.checkpoint import layout
 from llm_dist.checkpoint.layout import MANIFEST, Found, Manifest, RankFiles, table_name
@@ -127,6 +129,13 @@ def publish(writing: Path, final: Path, manifest: Manifest) -> None:
     fsync_folder(final.parent)
 
 
+def amend(folder: Path, trajectory: Mapping[str, Any]) -> None:
+    """Rank 0: replace the trajectory that a complete checkpoint records; it is complete all the while."""
+    manifest = replace(layout.read_manifest(folder), trajectory=dict(trajectory))
+    write_durably(folder / MANIFEST, manifest.to_bytes())
+    fsync_folder(folder)
+
+
 def give_up(writing: Path, rank: int, num_ranks: int, reason: str) -> None:
     """Free what this rank's failed save takes and tell the others, as well as a failing file system lets it."""
     if num_ranks == 1:
@@ -176,6 +185,8 @@ def retain(
 def sweep(checkpoints: Path, attempt: int, save: int = 0) -> list[str]:
     """Rank 0: delete what crashes left: temporary folders of earlier saves and half-deleted checkpoints.
 
+    The latter at start-up only (`save` of 0): later, `retain` may just be deleting one, in another thread.
+
     Returns:
         The names deleted.
     """
@@ -185,7 +196,8 @@ def sweep(checkpoints: Path, attempt: int, save: int = 0) -> list[str]:
     for path in checkpoints.iterdir():
         match = _WRITING_NAME.fullmatch(path.name)
         stale = match is not None and (int(match[1]), int(match[2])) < (attempt, save)
-        if stale or (layout.step_of(path) is not None and not layout.is_complete(path)):
+        is_half_deleted = save == 0 and layout.step_of(path) is not None and not layout.is_complete(path)
+        if stale or is_half_deleted:
             shutil.rmtree(path, ignore_errors=True)
             swept.append(path.name)
     return sorted(swept)

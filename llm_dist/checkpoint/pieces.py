@@ -20,7 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
-from llm_dist.checkpoint.layout import DamagedCheckpoint, RankFiles, data_name, read_checked, table_name
+from llm_dist.checkpoint.layout import (
+    DamagedCheckpoint,
+    Manifest,
+    RankFiles,
+    check_frame,
+    data_name,
+    read_checked,
+    read_manifest,
+    table_name,
+)
 
 Floats = NDArray[np.float32]
 _CHUNK_ELEMENTS = 2**21
@@ -216,6 +225,23 @@ class DataFile:
             if not num_bytes:
                 raise DamagedCheckpoint(self._path, f"ends inside piece {piece.tensor}")
             view = view[num_bytes:]
+
+
+def verify(folder: Path) -> Manifest:
+    """Read and verify every byte of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: names the first file and piece that differ.
+    """
+    manifest = read_manifest(folder)
+    check_frame(folder, manifest)
+    for files in manifest.files:
+        with DataFile(folder, files.rank) as data:
+            for entry in read_table(folder, files).state.values():
+                for piece in entry.pieces:
+                    for _ in data.chunks(piece):
+                        pass
+    return manifest
 
 
 def _header(sources: Mapping[str, Source]) -> tuple[bytes, dict[str, int]]:

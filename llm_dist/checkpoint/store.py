@@ -51,7 +51,7 @@ class Store:
     def __init__(self, folder: Path, rank: int, ranks: int, attempt: int, limit_seconds: float = 900.0) -> None:
         """Args: `folder` is the run's `checkpoints`; `limit_seconds` is how long rank 0 waits for the others."""
         self.folder = folder
-        self._rank, self._ranks, self._attempt = rank, ranks, attempt
+        self._rank, self._ranks, self.attempt = rank, ranks, attempt
         self._limit_seconds = limit_seconds
         self._num_saves = 0
         self._host: Tensor | None = None
@@ -111,7 +111,7 @@ class Store:
 
     def sweep(self) -> list[str]:
         """Rank 0 at start-up: delete what crashed attempts left; returns the names. Does nothing on other ranks."""
-        return commit.sweep(self.folder, self._attempt) if self._rank == 0 else []
+        return commit.sweep(self.folder, self.attempt) if self._rank == 0 else []
 
     def restore(self, found: Found, state: Mapping[str, Partition]) -> Manifest:
         """`read_into` for this rank; not collective: ranks may differ in what they raise, and the trainer agrees."""
@@ -135,14 +135,14 @@ class Store:
     def _write(self, step: int, save: int, sources: Mapping[str, Source], facts: Facts) -> None:
         """The thread: write this rank's files, then wait for the others and publish (rank 0) or see it published."""
         final = self.folder / layout.checkpoint_name(step)
-        writing = self.folder / commit.writing_name(step, self._attempt, save)
+        writing = self.folder / commit.writing_name(step, self.attempt, save)
         try:
             self._write_files(writing, sources)
             if self._rank == 0:
                 commit.await_tables(writing, self._ranks, self._limit_seconds, self._go_on)
                 shapes, files = commit.gather_tables(writing, self._ranks)
                 commit.publish(writing, final, self._manifest(step, facts, shapes, files))
-                commit.sweep(self.folder, self._attempt, save)
+                commit.sweep(self.folder, self.attempt, save)
             else:
                 # Rank 0 knows who is missing: let it give up first.
                 commit.await_publication(writing, final, 2 * self._limit_seconds, self._go_on)
@@ -173,7 +173,7 @@ class Store:
     ) -> Manifest:
         return Manifest(
             step=step,
-            attempt=self._attempt,
+            attempt=self.attempt,
             num_ranks=self._ranks,
             optimizer_step=facts.optimizer_step,
             engine=facts.engine,
@@ -215,23 +215,6 @@ def read_parameters(folder: Path) -> dict[str, Tensor]:
     state = {key: Partition(torch.empty(math.prod(shape)), 0, shape) for key, shape in shapes.items()}
     _fill(folder, manifest.files, state)
     return {key.removeprefix(_PARAMETER): each.values.view(each.shape) for key, each in state.items()}
-
-
-def verify(folder: Path) -> Manifest:
-    """Read and verify every byte of a checkpoint.
-
-    Raises:
-        DamagedCheckpoint: names the first file and piece that differ.
-    """
-    manifest = layout.read_manifest(folder)
-    layout.check_frame(folder, manifest)
-    for files in manifest.files:
-        with DataFile(folder, files.rank) as data:
-            for entry in read_table(folder, files).state.values():
-                for piece in entry.pieces:
-                    for _ in data.chunks(piece):
-                        pass
-    return manifest
 
 
 def _share(key: str, partition: Partition) -> Partition:

@@ -38,6 +38,12 @@ class StepResult:
     """fp64 scalar on the device: loss of this rank's rows, summed, without penalties."""
     grad_norm: Tensor
     """fp32 scalar: global norm of the averaged gradient before clipping."""
+    was_applied: bool = True
+    """Whether the update was made."""
+
+
+Accepts = Callable[[Tensor, Tensor], bool]
+"""Whether a step with this rank's nats and the gradient norm may be applied; the same on every rank."""
 
 
 class Engine(ABC):
@@ -49,12 +55,21 @@ class Engine(ABC):
     """The trainee itself, whose parameter names are the names of the state."""
     optimizer: torch.optim.Optimizer
     """The torch optimizer that does the update."""
+    can_refuse = True
+    """Whether an update can be left out once its numbers are known."""
 
     def __init__(self, run: config.Config, runtime: Runtime) -> None:
         self.run = run
         self.runtime = runtime
 
-    def train_step(self, micro_batches: Sequence[Batch], valid_tokens: int, lr: float, step: int) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: Sequence[Batch],
+        valid_tokens: int,
+        lr: float,
+        step: int,
+        accepts: Accepts = lambda nats, grad_norm: True,
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches (the same number on every rank).
 
         Args:
@@ -62,6 +77,8 @@ class Engine(ABC):
             valid_tokens: scored positions of the whole step, over all ranks.
             lr: the step's learning rate; groups scale it.
             step: steps finished before this one; seeds dropout together with rank and micro-batch.
+            accepts: asked before the update, which is left out where it says no. Engines that cannot leave it out
+                (`can_refuse`) ask, too, and make it.
 
         Collective: all ranks call this.
         """
@@ -76,7 +93,8 @@ class Engine(ABC):
                 loss: LossSum = self.module(batch)
                 self._backward(loss.total * scale)
             nats += loss.nats.detach()
-        return StepResult(nats, self._update())
+        norm, was_applied = self._update(lambda norm: accepts(nats, norm))
+        return StepResult(nats, norm, was_applied)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> LossSum:
@@ -136,8 +154,8 @@ class Engine(ABC):
     def _backward(self, loss: Tensor) -> None: ...
 
     @abstractmethod
-    def _update(self) -> Tensor:
-        """Clip, update, clear gradients; the norm before clipping."""
+    def _update(self, may_apply: Callable[[Tensor], bool]) -> tuple[Tensor, bool]:
+        """Clip, update where `may_apply` of the norm says so, clear gradients; the norm, and whether it was applied."""
 
     @abstractmethod
     def _partitions(self) -> Iterable[tuple[str, dict[str, Partition]]]:

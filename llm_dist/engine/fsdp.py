@@ -7,7 +7,7 @@ without synchronising gradients, and it adds nothing to the four lines below.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -63,11 +63,13 @@ class FsdpEngine(Engine):
     def _backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def _update(self) -> Tensor:
-        norm: Any = nn.utils.clip_grad_norm_(self.module.parameters(), self.run.optim.clip or torch.inf)
-        self.optimizer.step()
+    def _update(self, may_apply: Callable[[Tensor], bool]) -> tuple[Tensor, bool]:
+        shared: Any = nn.utils.clip_grad_norm_(self.module.parameters(), self.run.optim.clip or torch.inf)
+        norm = cast(DTensor, shared).full_tensor()
+        if is_applied := may_apply(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return cast(DTensor, norm).full_tensor()
+        return norm, is_applied
 
     def _partitions(self) -> Iterable[tuple[str, dict[str, Partition]]]:
         cast(FSDPModule, self.module).reshard()  # an evaluation leaves what lies outside the blocks gathered

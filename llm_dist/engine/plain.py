@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -48,11 +48,12 @@ class PlainEngine(Engine):
     def _backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def _update(self) -> Tensor:
+    def _update(self, may_apply: Callable[[Tensor], bool]) -> tuple[Tensor, bool]:
         norm = nn.utils.clip_grad_norm_(self.trainee.parameters(), self.run.optim.clip or torch.inf)
-        self.optimizer.step()
+        if is_applied := may_apply(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm, is_applied
 
     def _partitions(self) -> Iterable[tuple[str, dict[str, Partition]]]:
         rank, ranks = self.runtime.rank, self.runtime.ranks

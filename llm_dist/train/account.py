@@ -20,6 +20,8 @@ class Account:
     """Scored training tokens so far."""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of text read so far, by source."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of the last steps that were not left out, newest last: what a spike is measured by."""
     best_loss_nats: float = math.inf
     """Best loss on the first held-out folder."""
     best_step: int | None = None
@@ -37,6 +39,10 @@ class Account:
             self.best_loss_nats, self.best_step = loss_nats, self.step
         self.evaluations_without_improvement = 0 if is_best else self.evaluations_without_improvement + 1
         return is_best
+
+    def become(self, other: Account) -> None:
+        """Take over another account's numbers, for all who hold this one."""
+        self.__dict__.update(other.__dict__)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; an infinite best loss is absent."""

@@ -3,7 +3,9 @@
 config.json   the frozen run file            attempts/      one record per start
 source.json   code, versions, host           checkpoints/   step_00000100/ ...
 metrics.jsonl one line per logged step       logs/          one file per rank
-tokenizer/    copy of the data's             tensorboard/   mirror of metrics.jsonl
+skipped.jsonl one line per step left out     heartbeats/    one file per rank: signs of life, and verdicts on hangs
+tokenizer/    copy of the data's             goodput/       one file per start: where the hours went
+                                             tensorboard/   mirror of metrics.jsonl
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ class RunFolder:
         self.source = path / "source.json"
         self.metrics = path / "metrics.jsonl"
         self.heartbeat = path / "heartbeat.json"
+        self.heartbeats = path / "heartbeats"
+        self.goodput = path / "goodput"
+        self.skipped = path / "skipped.jsonl"
         self.attempts = path / "attempts"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer"
@@ -96,9 +101,14 @@ class RunFolder:
                 break
             except FileExistsError:
                 number += 1
+        if self.heartbeats.is_dir():  # an earlier attempt's, perhaps of more ranks
+            for stale in self.heartbeats.glob("rank_*"):
+                stale.unlink(missing_ok=True)
         with os.fdopen(descriptor, "w") as file:
             json.dump({"attempt": number, "started": time.time(), "host": socket.gethostname(), **record}, file)
-        write_atomically(self.source, json.dumps(_source(data), indent=2) + "\n")
+        before = json.loads(self.source.read_text(encoding="utf-8")) if self.source.is_file() else {}
+        origin = {name: before[name] for name in ("forked_from",) if name in before}
+        write_atomically(self.source, json.dumps({**_source(data), **origin}, indent=2) + "\n")
         return number
 
     def _attempt_path(self, number: int) -> Path:

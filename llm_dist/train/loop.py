@@ -21,28 +21,46 @@ def train(session: Session) -> Exit:
     run, account, watch = session.run, session.account, session.watch
     loader = session.parts.loader(account.step)
     try:
+        session.begin()
+        if _evaluate_if_due(session) is None:  # a stop cut it short at the step this attempt starts from
+            return session.leave()
         while account.step < run.run.steps and not session.is_out_of_patience:
             with watch.phase("data"):
                 rows = loader.rows(account.step)
                 micro_batches = _micro_batches(session, rows)
+            with watch.phase("agree"):
                 valid_tokens, must_stop = session.agree(sum(batch.num_valid() for batch in micro_batches), rows)
             if must_stop:
                 return session.leave()
-            with watch.phase("step"):
-                lr = optim.learning_rate(run, account.step)
-                batches = [batch.to(session.parts.runtime.device) for batch in micro_batches]
-                result = session.parts.engine.train_step(batches, valid_tokens, lr, account.step)
-            session.finish_step(result, valid_tokens)
-            is_last = account.step == run.run.steps
-            if _is_due(account.step, run.log.every_steps) or is_last:
+            lr = optim.learning_rate(run, account.step)
+            if account.step + 1 in session.skipped:
+                session.finish_step(is_left_out=True)
+            else:
+                with watch.stepping():
+                    batches = watch.marking(batch.to(session.parts.runtime.device) for batch in micro_batches)
+                    session.parts.engine.train_step(batches, valid_tokens, lr, account.step, session.accepts)
+                if not session.settle():
+                    continue  # back at an earlier step
+            if _is_due(account.step, run.log.every_steps) or account.step == run.run.steps:
                 session.report(lr)
-            is_best = (_is_due(account.step, run.eval.every_steps) or is_last) and session.evaluate()
+            if _is_due(account.step, run.guard.replicas_every_steps):
+                with watch.phase("replicas"):
+                    session.check_replicas()
+            if (is_best := _evaluate_if_due(session)) is None:
+                return session.leave()
             if _is_due(account.step, run.save_every_steps) or (is_best and run.checkpoint.keep_best):
                 session.save()
         session.finish()
         return Exit.DONE
     finally:
         loader.close()
+
+
+def _evaluate_if_due(session: Session) -> bool | None:
+    """Whether validation is at its best; False, too, where none is due, and None where a stop cut it short."""
+    run, account = session.run, session.account
+    is_due = _is_due(account.step, run.eval.every_steps) or account.step == run.run.steps
+    return session.evaluate() if is_due and account.step not in (0, account.evaluated_step) else False
 
 
 def _micro_batches(session: Session, rows: Rows) -> list[Batch]:

@@ -38,14 +38,14 @@ class Progress:
             "seconds": seconds,
         }
 
-    def show(self, step: int, loss_nats: float) -> None:
+    def show(self, step: int, loss_nats: float | None) -> None:
         """One line: where the run is, how fast, how long still."""
         steps = self._run.run.steps
         tokens_left = (steps - step) * self._run.batch.tokens_per_step
         left = duration(tokens_left / max(1e-9, self._tokens_per_second))
+        loss = "left out" if loss_nats is None else f"loss {loss_nats:.4f}"
         self.say(
-            f"step {step:>{len(str(steps))}}/{steps}  loss {loss_nats:.4f}  "
-            f"{self._tokens_per_second:,.0f} tokens/s  {left} left"
+            f"step {step:>{len(str(steps))}}/{steps}  {loss}  {self._tokens_per_second:,.0f} tokens/s  {left} left"
         )
 
     def say(self, line: str) -> None:

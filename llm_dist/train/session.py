@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import resource
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llm_dist import config
-from llm_dist.checkpoint import commit
+from llm_dist.checkpoint import commit, layout
 from llm_dist.checkpoint.layout import Facts
 from llm_dist.checkpoint.store import Store
-from llm_dist.engine.engine import StepResult
+from llm_dist.data.trace import trace
 from llm_dist.errors import Exit, UserError
-from llm_dist.evaluate import Evaluation, evaluate
+from llm_dist.evaluate import Evaluation, EvaluationStopped, evaluate
 from llm_dist.metrics import Metrics
 from llm_dist.rows import Rows
 from llm_dist.runtime import code_fingerprint
 from llm_dist.train.account import Account
 from llm_dist.train.build import Parts
+from llm_dist.train.guard import Numbers, ReplicasDiffer, SkippedSteps, differing_replica, judge
+from llm_dist.train.ledger import Ledger
 from llm_dist.train.progress import Progress
+from llm_dist.train.restore import restore
 from llm_dist.train.stop import StopFlag
 from llm_dist.train.watch import Watch
+
+_DOCUMENTS_NAMED = 5
 
 
 @dataclass
@@ -38,15 +43,18 @@ class Session:
     """Rank 0 only."""
     progress: Progress
     watch: Watch
+    ledger: Ledger | None
+    """Rank 0 only."""
     stop: StopFlag
+    skipped: SkippedSteps
     saved_step: int | None = None
     """Step of the checkpoint this attempt saved (or is writing) or started from."""
     acknowledged_step: int | None = None
     """Step last said to be saved."""
-    result: StepResult | None = None
-    """What the last step of this attempt reported."""
+    numbers: Numbers | None = None
+    """What the step judged last came to; None before the first, and where a step was left out."""
     valid_tokens: int = 0
-    """Scored tokens of that step, over all ranks."""
+    """Scored tokens of the step agreed on last, over all ranks."""
     source_tokens: list[int] = field(default_factory=list)
     """Tokens of text that the step agreed on last reads of each source, over all ranks."""
 
@@ -61,11 +69,16 @@ class Session:
         patience = self.run.eval.patience
         return patience is not None and self.account.evaluations_without_improvement >= patience
 
+    def begin(self) -> None:
+        """Have a checkpoint to go back to, where the run file may ask for it; collective."""
+        if self.run.guard.policy == "rewind_and_skip" and self.account.step == 0:
+            self.save()
+
     def agree(self, own_valid_tokens: int, rows: Rows) -> tuple[int, bool]:
         """The step's valid tokens over all ranks, and whether any rank was asked to stop; collective."""
         own = torch.tensor([own_valid_tokens, int(self.stop.is_raised), *self._tokens_by_source(rows)])
-        valid_tokens, num_stopping, *self.source_tokens = self.parts.runtime.sum(own).tolist()
-        return valid_tokens, num_stopping > 0
+        self.valid_tokens, num_stopping, *self.source_tokens = self.parts.runtime.sum(own).tolist()
+        return self.valid_tokens, num_stopping > 0
 
     def _tokens_by_source(self, rows: Rows) -> list[int]:
         num_sources = len(self.parts.data.reading.sources)
@@ -73,31 +86,112 @@ class Session:
         tokens: list[int] = np.bincount(sources, rows.scored_tokens(), num_sources).astype(np.int64).tolist()
         return tokens
 
-    def finish_step(self, result: StepResult, valid_tokens: int) -> None:
+    def accepts(self, nats: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the step agreed on last may be applied, given this rank's nats and the norm; collective."""
+        loss = float(self.parts.runtime.sum(nats.cpu())) / max(1, self.valid_tokens)
+        self.numbers = judge(loss, float(grad_norm), self.account.losses, self.run.guard)
+        return self.numbers.fault is None
+
+    def settle(self) -> bool:
+        """Finish the step whose numbers are known; False where the run went back to a checkpoint instead. Collective.
+
+        Raises:
+            UserError: they cannot be right, and the run file says to stop, or too many steps are left out.
+        """
+        assert self.numbers is not None
+        if self.numbers.fault is None:
+            if self.run.guard.spike_z is not None:
+                window = self.run.guard.spike_window_steps
+                self.account.losses = [*self.account.losses, self.numbers.loss_nats][-window:]
+            self.finish_step()
+            return True
+        self._leave_out(self.account.step + 1, self.numbers.fault)
+        if self.run.guard.policy == "skip":
+            self.finish_step(is_left_out=True)
+            return True
+        self._rewind()
+        return False
+
+    def _leave_out(self, step: int, fault: str) -> None:
+        """Record that step `step`, which is not finished yet, is to have no update."""
+        guard, here = self.run.guard, self.parts.runtime
+        documents = here.share(self._documents(step) if here.is_first else None)
+        if guard.policy == "stop":
+            raise UserError(
+                f"step {step}: {fault}; nothing was saved after step {self.saved_step or 0}; it read {documents}; "
+                "lower optim.lr or raise optim.warmup_steps, or set guard.policy (with --accept), then start again"
+            )
+        record = {"attempt": self.store.attempt, "documents": documents} if here.is_first else None
+        self.skipped.add(step, fault, record=record)
+        here.barrier()  # nobody goes on before it is durable
+        if self.skipped.within(range(step + 1 - guard.spike_window_steps, step + 1)) > guard.max_skips:
+            raise UserError(
+                f"step {step}: {fault}; more than guard.max_skips={guard.max_skips} of the last "
+                f"{guard.spike_window_steps} steps are left out; lower optim.lr (with --accept), then start again"
+            )
+        self.progress.say(f"step {step} is left out: {fault}; it read {documents}")
+
+    def _documents(self, step: int) -> str:
+        """The first documents that a step read, in words."""
+        found = trace(self.parts.data.reading, step, max_characters=0).documents
+        names = dict.fromkeys(f"{each.file or each.shard} document {each.number or '?'}" for each in found)
+        first = ", ".join(list(names)[:_DOCUMENTS_NAMED])
+        rest = f" and {len(names) - _DOCUMENTS_NAMED} more" if len(names) > _DOCUMENTS_NAMED else ""
+        return f"{first}{rest} (llm-dist data trace {self.run.run.folder} --step {step})"
+
+    def _rewind(self) -> None:
+        """Go back to the latest checkpoint, from where the step is met again and left out; collective."""
+        with self.watch.phase("restore"):
+            self.store.wait()
+            before = self.account.step
+            self.account.become(restore(self.parts, self.store, self.parts.runtime, self.progress.say))
+            self.watch.step = self.account.step
+        self.saved_step = self.account.step
+        self.numbers = None
+        self.progress.say(f"back at step {self.account.step}: {before - self.account.step} steps are computed again")
+
+    def finish_step(self, *, is_left_out: bool = False) -> None:
         """Count a finished step."""
-        self.result, self.valid_tokens = result, valid_tokens
+        if is_left_out:
+            self.numbers = None
         self.account.step += 1
-        self.account.tokens += valid_tokens
+        self.account.tokens += self.valid_tokens
         for source, tokens in zip(self.parts.data.reading.sources, self.source_tokens, strict=True):
             read = self.account.source_tokens
             read[source.name] = read.get(source.name, 0) + tokens
         self.watch.step = self.account.step
-        self.progress.count(valid_tokens)
+        self.progress.count(self.valid_tokens)
         self.acknowledge()
 
     def report(self, lr: float) -> None:
-        """Write the numbers of the step just finished; collective.
+        """Write the numbers of the step just finished."""
+        with self.watch.phase("report"):
+            self._report(lr, self.watch.take())
+
+    def _report(self, lr: float, seconds: dict[str, float]) -> None:
+        numbers = self.progress.numbers(seconds)
+        record: dict[str, Any] = {"left_out": 1}
+        if self.numbers is not None:
+            record = {"loss_nats": self.numbers.loss_nats, "grad_norm": self.numbers.grad_norm}
+        record |= {"lr": lr, "tokens": self.account.tokens, **self._sources()}
+        if "save" in seconds:
+            record["save_stall_seconds"] = seconds["save"]
+        if self.ledger is not None:
+            record["goodput"] = self.ledger.fractions()
+        if self.metrics is not None:
+            self.metrics.write(self.account.step, {**record, **numbers, "memory_bytes": _peak_memory_bytes()})
+        self.progress.show(self.account.step, self.numbers.loss_nats if self.numbers else None)
+
+    def check_replicas(self) -> None:
+        """Prove that ranks hold alike what they should; collective.
 
         Raises:
-            UserError: they are not finite.
+            ReplicasDiffer: they do not; the checkpoint before is what is left to trust.
         """
-        loss, grad_norm = self._finite_numbers()
-        numbers = self.progress.numbers(self.watch.take())
-        if self.metrics is not None:
-            record = {"loss_nats": loss, "lr": lr, "grad_norm": grad_norm, "tokens": self.account.tokens}
-            record |= self._sources()
-            self.metrics.write(self.account.step, {**record, **numbers, "memory_bytes": _peak_memory_bytes()})
-        self.progress.show(self.account.step, loss)
+        if (what := differing_replica(self.parts.engine.state(), self.parts.runtime)) is not None:
+            raise ReplicasDiffer(
+                f"step {self.account.step}: {what}: a flipped bit, or a defect; nothing of it was saved"
+            )
 
     def _sources(self) -> dict[str, Any]:
         """Tokens and epochs read of each source, where there are several."""
@@ -111,23 +205,13 @@ class Session:
             }
         }
 
-    def _finite_numbers(self) -> tuple[float, float]:
-        """Loss and gradient norm of the step just finished; collective."""
-        assert self.result is not None
-        loss = float(self.parts.runtime.sum(self.result.nats.cpu())) / max(1, self.valid_tokens)
-        grad_norm = float(self.result.grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(
-                f"step {self.account.step}: the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}; nothing was "
-                f"saved after step {self.saved_step or 0}; lower optim.lr or raise optim.warmup_steps (with --accept), "
-                "then start again"
-            )
-        return loss, grad_norm
-
-    def evaluate(self) -> bool:
-        """Score every held-out folder; whether the first one is at its best. Collective."""
+    def evaluate(self) -> bool | None:
+        """Score every held-out folder; whether the first is at its best, None where a stop cut it short. Collective."""
         with self.watch.phase("eval"):
-            results = {name: self._evaluate_one(name) for name in self.parts.data.holdouts}
+            try:
+                results = {name: self._evaluate_one(name) for name in self.parts.data.holdouts}
+            except EvaluationStopped:
+                return None
         if not results:
             return False
         if self.metrics is not None:
@@ -137,12 +221,16 @@ class Session:
                 f"step {self.account.step}: {name} loss {result.loss_nats:.4f} nats, perplexity "
                 f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte"
             )
-        return self.account.saw_evaluation(next(iter(results.values())).loss_nats)
+        is_best = self.account.saw_evaluation(next(iter(results.values())).loss_nats)
+        if self.saved_step == self.account.step and self.parts.runtime.is_first:  # saved when a stop had cut this short
+            commit.amend(self.store.folder / layout.checkpoint_name(self.account.step), self.account.to_dict())
+            self._retain()
+        return is_best
 
     def _evaluate_one(self, name: str) -> Evaluation:
         run, parts = self.run, self.parts
         return evaluate(
-            parts.engine.eval_step,
+            self.watch.marked(parts.engine.eval_step),
             parts.objective,
             parts.data.holdouts[name],
             parts.runtime,
@@ -150,19 +238,19 @@ class Session:
             document_mask=run.data.document_mask,
             sequences_per_batch=run.batch.sequences_per_micro_batch,
             max_sequences=run.eval.max_sequences,
+            must_stop=lambda: parts.runtime.any(self.stop.is_raised),
         )
 
     def save(self, is_last: bool = False) -> None:
         """Save the state at the current step, unless that is done; the last save is synchronous. Collective.
 
         Raises:
-            UserError: the step's numbers are not finite, and a checkpoint of it would be worth nothing.
+            ReplicasDiffer: ranks hold different values of what they should hold alike.
             SaveFailed: it, or the one before it, could not be written.
         """
         with self.watch.phase("save"):
             if self.saved_step != self.account.step:
-                if self.result is not None:  # else it is asked to stop before its first step
-                    self._finite_numbers()
+                self.check_replicas()
                 is_asynchronous = self.run.checkpoint.asynchronous and not is_last
                 self.store.save(self.account.step, self.parts.engine.state(), self._facts(), is_asynchronous)
                 self.saved_step = self.account.step
@@ -208,10 +296,10 @@ class Session:
 
     def close(self) -> None:
         """Let go of files and of what the engine's vendor holds."""
-        if self.metrics is not None:
-            self.metrics.close()
-        self.parts.close()
-        self.watch.close()
+        with self.watch.phase("close"):
+            if self.metrics is not None:
+                self.metrics.close()
+            self.parts.close()
 
 
 def _peak_memory_bytes() -> int:

@@ -90,9 +90,13 @@ def test_stopped_before_the_first_step(run_file, run_folder, undisturbed, monkey
     at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGUSR1))
     assert llm_dist("train", run_file).code == STOPPED
     monkeypatch.setattr("llm_dist.train.stop.StopFlag.is_raised", property(lambda self: True))
-    assert llm_dist("train", run_file).code == STOPPED
-    assert llm_dist("train", run_file, "run.name=new").code == STOPPED
-    assert steps_saved(run_folder.parent / "new") == [0]
+    again = llm_dist("train", run_file)
+    assert again.code == STOPPED
+    assert "stopped before the first step of this attempt: the checkpoint at step 1 stands" in again.err
+    new = llm_dist("train", run_file, "run.name=new")
+    assert new.code == STOPPED
+    assert "no complete checkpoint stands yet; start again to go on" in new.err
+    assert steps_saved(run_folder.parent / "new") == []
     monkeypatch.undo()
     train(run_file, "run.name=new")
     assert_same_end(run_folder.parent / "new", undisturbed())
@@ -297,12 +301,12 @@ def test_a_full_disk_between_saves_is_one_line(run_file, small_disk, monkeypatch
             while True:
                 file.write(bytes(4096))
 
-    at_step(monkeypatch, 3, fill)
-    words = (f"run.dir={small_disk}", "checkpoint.every_steps=2", "checkpoint.keep_last=1")
+    at_step(monkeypatch, 11, fill)
+    words = (f"run.dir={small_disk}", "run.steps=40", "checkpoint.every_steps=10", "checkpoint.keep_last=1")
     mistake = llm_dist("train", run_file, *words).mistake
     assert "No space left on device" in mistake
     assert "free some space, then start again" in mistake
-    assert steps_saved(small_disk / "tiny") == [2]
+    assert steps_saved(small_disk / "tiny") == [10]
 
 
 def test_a_full_disk_on_two_ranks_ends_the_job_with_one_line(run_file, small_disk):

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import time
 
 import pytest
 
@@ -36,7 +37,7 @@ def written(tmp_path, said, records, attempt=1, sinks=()):
 
 def test_records_carry_step_and_attempt(tmp_path, said):
     records = written(tmp_path, said, [(1, {"loss_nats": 2.5}), (2, {"loss_nats": 2.0})])
-    assert records[0] == {"step": 1, "attempt": 1, "loss_nats": 2.5}
+    assert records[0] == {"step": 1, "attempt": 1, "time": pytest.approx(time.time(), abs=60), "loss_nats": 2.5}
     assert [record["step"] for record in records] == [1, 2]
 
 
@@ -110,5 +111,6 @@ def test_a_sink_that_fails_later_is_dropped_and_the_others_stay(tmp_path, said, 
 def test_the_record_itself_is_durable_line_by_line(tmp_path, said):
     writer = Metrics(run(), tmp_path, 1, said.append)
     writer.write(1, {"a": 1})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "attempt": 1, "a": 1}
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert {name: line[name] for name in line if name != "time"} == {"step": 1, "attempt": 1, "a": 1}
     writer.close()

@@ -68,6 +68,12 @@ def test_a_crash_while_deleting_leaves_no_half_checkpoint_in_sight(
     assert not (tmp_path / "step_00000010").exists()
 
 
+def test_sweep_beside_the_training_leaves_alone_what_is_just_being_deleted(tmp_path: Path) -> None:
+    (tmp_path / "step_00000010").mkdir()
+    assert commit.sweep(tmp_path, attempt=2, save=1) == []
+    assert commit.sweep(tmp_path, attempt=2) == ["step_00000010"]
+
+
 def test_sweep_takes_older_saves_only(tmp_path: Path) -> None:
     fake(tmp_path, 10)
     names = [commit.writing_name(20, attempt, number) for attempt, number in [(1, 9), (3, 1), (3, 2), (4, 1)]]

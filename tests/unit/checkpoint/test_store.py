@@ -180,9 +180,9 @@ def test_every_damage_to_every_file_is_named_and_never_loaded(tmp_path: Path, re
                 restore(found, emptied(evenly(STATE, read_by)))
             assert name in str(caught.value), damage
             with pytest.raises(DamagedCheckpoint):
-                store.verify(found.folder)
+                pieces.verify(found.folder)
     restore(found, emptied(evenly(STATE, read_by)))
-    store.verify(found.folder)
+    pieces.verify(found.folder)
 
 
 def test_damaged_parameters_are_not_read(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_damaged_parameters_are_not_read(tmp_path: Path) -> None:
     raw = path.read_bytes()
     path.write_bytes(raw[:-40] + bytes(40))
     with pytest.raises(DamagedCheckpoint, match=r"rank_00000.safetensors: piece .* does not match"):
-        store.verify(found.folder)
+        pieces.verify(found.folder)
 
 
 def test_a_pickle_in_place_of_the_data_is_not_run(tmp_path: Path) -> None:

@@ -124,6 +124,16 @@ def test_the_last_error_is_of_the_last_attempt(run):
     assert read_status(run).error == "rank_00001: torch.cuda.OutOfMemoryError: no"
 
 
+def test_a_hang_is_the_last_error_of_the_attempt_that_it_ended(run):
+    begin(run, 1)
+    (run / "heartbeats").mkdir()
+    (run / "heartbeats" / "verdict_0001.json").write_text(json.dumps({"words": "rank 1 is in data.loader"}))
+    assert read_status(run).error == "hang: rank 1 is in data.loader"
+    assert "last error  hang: rank 1 is in data.loader" in render(read_status(run))
+    begin(run, 2)
+    assert read_status(run).error is None
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match="is not a run folder"):
         read_status(tmp_path)
