@@ -87,7 +87,7 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode one batch."""
         pieces = [list(long_pieces(self._tokenizer.kind, text)) for text in texts]
-        encoded = map(self._pieces.encode, batches(piece for each in pieces for piece in each))
+        encoded = map(self._pieces.encode, _batches(piece for each in pieces for piece in each))
         ids, sizes = (np.concatenate(columns) for columns in zip(*encoded, strict=True))
         assert int(ids.max()) < self._tokenizer.vocabulary_tokens, "an id outside the vocabulary"
         if len(sizes) > len(texts):
@@ -233,12 +233,12 @@ def encode_all(texts: Iterable[str], tokenizer: Tokenizer, load: Load, workers: 
         UserError: a worker process died.
     """
     if workers == 1:
-        yield from map(Encoder(tokenizer).encode, batches(texts))
+        yield from map(Encoder(tokenizer).encode, _batches(texts))
         return
     pool, run = _pool(tokenizer, load, workers)
     waiting: deque[Future[Encoded]] = deque()
     try:
-        for batch in batches(texts):
+        for batch in _batches(texts):
             waiting.append(pool.submit(run, batch))
             if len(waiting) >= BATCHES_AHEAD * workers:
                 yield waiting.popleft().result()
@@ -261,8 +261,7 @@ def _pool(tokenizer: Tokenizer, load: Load, workers: int) -> tuple[Executor, Cal
     return ProcessPoolExecutor(workers, spawn, _start_worker, (load, tokenizer.folder)), _encode_in_worker
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts that are encoded together."""
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for text in texts:

@@ -12,7 +12,6 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from llm_dist.data.documents import OnBad, Split, Tally, read_files
-from llm_dist.data.encoding import Encoded, Encoder, batches, encode_all, long_pieces
+from llm_dist.data.encoding import Encoder, encode_all, long_pieces
 from llm_dist.data.folder import DTYPES
 from llm_dist.data.inputs import InputFile, find_files
 from llm_dist.data.origin import Part, SourceCounts, origin_record
@@ -37,7 +36,7 @@ from llm_dist.tokenizer_fast import FastTokenizer, load_fast, proved
 BYTES_PER_WORKER = 8 << 20
 """Input below which starting one more worker costs more than it saves."""
 FAST_BYTES = 16 << 20
-"""Shorter input is encoded before it would be proved that tiktoken may encode, which takes most of a second."""
+"""Input below which proving that tiktoken may encode costs about what it saves: half a second."""
 _SAMPLE_TEXTS, _SAMPLE_CHARACTERS = 256, 1 << 19
 
 
@@ -154,24 +153,24 @@ def tokenize(
 def _make(job: _Job, tally: Tally) -> str:
     """Make and publish both parts; say what encoded them."""
     input_bytes = sum(map(unpacked_bytes, job.files))
+    job, encoder = _fastest(job, input_bytes)
     dtype = DTYPES[dtype_name(job.tokenizer.vocabulary_tokens)]
     spill = Spill(job.output.work / "spill", num_buckets(input_bytes), dtype)
     with ExitStack() as stack:
         stack.callback(spill.close)
-        fastest = stack.enter_context(ThreadPoolExecutor(1, "proof")).submit(_fastest, job, input_bytes)
-        num_bytes = _encode(job, fastest, tally, spill)
+        num_bytes = _encode(job, tally, spill)
         parts = _parts(job, num_bytes)
         _write(job, spill, parts, tally)
     job.output.publish()
-    return fastest.result()[1]
+    return encoder
 
 
-def _fastest(job: _Job, input_bytes: int) -> tuple[Tokenizer, str]:
-    """The fastest tokenizer that is proved to give the same ids, and what to call it."""
+def _fastest(job: _Job, input_bytes: int) -> tuple[_Job, str]:
+    """The job with the fastest tokenizer that is proved to give the same ids, and what to call that."""
     if input_bytes < FAST_BYTES or job.tokenizer.kind != "byte-bpe":
-        return job.tokenizer, "tokenizers"
+        return job, "tokenizers"
     found = proved(job.tokenizer, _sample(job))
-    return (job.tokenizer, f"tokenizers ({found})") if isinstance(found, str) else (found, "tiktoken")
+    return (job, f"tokenizers ({found})") if isinstance(found, str) else (replace(job, tokenizer=found), "tiktoken")
 
 
 def _sample(job: _Job) -> list[str]:
@@ -184,10 +183,11 @@ def _sample(job: _Job) -> list[str]:
     return sample
 
 
-def _encode(job: _Job, fastest: Future[tuple[Tokenizer, str]], tally: Tally, spill: Spill) -> Bytes:
+def _encode(job: _Job, tally: Tally, spill: Spill) -> Bytes:
     """First pass: every document to its bucket."""
     num_bytes, num_documents, num_tokens = Bytes(), 0, 0
-    for batch in _encoded(job, fastest, tally):
+    worker_load = load_fast if isinstance(job.tokenizer, FastTokenizer) else load
+    for batch in encode_all(job.texts(tally), job.tokenizer, worker_load, job.workers):
         numbers = np.arange(num_documents, num_documents + len(batch.num_tokens))
         hashes = document_hashes(job.seed, num_documents, len(numbers))
         spill.write(Documents(numbers, hashes, batch.num_tokens, batch.num_bytes, batch.ids))
@@ -196,16 +196,6 @@ def _encode(job: _Job, fastest: Future[tuple[Tokenizer, str]], tally: Tally, spi
         num_tokens += len(batch.ids)
         job.progress(Progress("encoding", num_documents, num_tokens, num_bytes.total))
     return num_bytes
-
-
-def _encoded(job: _Job, fastest: Future[tuple[Tokenizer, str]], tally: Tally) -> Iterator[Encoded]:
-    texts, encoder = job.texts(tally), Encoder(job.tokenizer)
-    ahead = batches(texts)
-    # Ids are the same whoever encodes, so the slower one begins while the faster one is being proved.
-    while not fastest.done() and (batch := next(ahead, None)):
-        yield encoder.encode(batch)
-    tokenizer, _ = fastest.result()
-    yield from encode_all(texts, tokenizer, load_fast if isinstance(tokenizer, FastTokenizer) else load, job.workers)
 
 
 def _parts(job: _Job, num_bytes: Bytes) -> Parts:
