@@ -81,6 +81,7 @@ class Outcome:
     def as_table(self, job: Job) -> dict[str, Any]:
         """For scripts."""
         names = {Exit.DONE: "finished", Exit.STOPPED: "stopped", Exit.USER_ERROR: "refused", Exit.DEFECT: "failed"}
+        names[Exit.SUPERSEDED] = "superseded"
         failed = self.failure
         return {
             "run": str(job.run),
@@ -108,6 +109,9 @@ def supervise(job: Job) -> Outcome:
             if ending.code == Exit.USER_ERROR:
                 _say_user_error(ending)
                 return Outcome(Exit.USER_ERROR, starts, ending)
+            if ending.code == Exit.SUPERSEDED:
+                _say("a newer attempt has taken this run over: not started again")
+                return Outcome(Exit.SUPERSEDED, starts, ending)
             before, step = step, latest_complete_step(job.run)
             failures = 1 if (step or 0) > (before or 0) else failures + 1
             _say_failure(job, ending)
@@ -215,8 +219,9 @@ def _is_in_order(code: int, stop: StopRequests) -> bool:
 
 
 def _first_of(failed: Sequence[int], codes: dict[int, int]) -> int:
-    """A mistake of the user explains most, then a signal; a neighbour's lost connection only follows from them."""
-    return min(failed, key=lambda number: (codes[number] != Exit.USER_ERROR, codes[number] >= 0, number))
+    """What explains most, then a signal; a neighbour's lost connection only follows from them."""
+    explains = (Exit.USER_ERROR, Exit.SUPERSEDED)
+    return min(failed, key=lambda number: (codes[number] not in explains, codes[number] >= 0, number))
 
 
 def _end_others(

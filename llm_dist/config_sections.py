@@ -278,8 +278,8 @@ class Checkpoint(Section):
 
     every_steps: int | None = free(None, ge=1)
     """Save every so many steps; a tenth of `run.steps` when absent. The last step is always saved."""
-    keep_last: int = free(2, ge=1)
-    """How many of the newest checkpoints stay."""
+    keep_last: int = free(2, ge=2)
+    """How many of the newest checkpoints stay; two at least, so that one may turn out damaged."""
     keep_every_steps: int | None = free(None, ge=1)
     """Checkpoints at multiples of this stay for good."""
     keep_best: bool = free(True)

@@ -24,6 +24,8 @@ class Exit(IntEnum):
     """Asked to stop; a complete checkpoint stands; start again to go on (Slurm's `RequeueExit` convention)."""
     HANG = 76
     """Nothing went on any more (`watch.hang_seconds`); start again to go on from the latest checkpoint."""
+    SUPERSEDED = 77
+    """A newer attempt has taken the run over: starting again would only take it away from that one."""
 
 
 class UserError(Exception):

@@ -164,5 +164,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        last[record["step"], "eval" in record] = record
+        key = record["step"], "eval" in record
+        if key not in last or record["attempt"] >= last[key]["attempt"]:  # an older attempt may live on for a while
+            last[key] = record
     return [last[key] for key in sorted(last)]

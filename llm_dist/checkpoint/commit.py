@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llm_dist.checkpoint import layout
+from llm_dist.checkpoint import layout, lease
 from llm_dist.checkpoint.layout import MANIFEST, Found, Manifest, RankFiles, table_name
+from llm_dist.checkpoint.lease import Fence, Lease
 from llm_dist.checkpoint.pieces import Table, check_cover, parse_table, write_durably
 
 _WRITING_NAME = re.compile(r"\.writing-step_\d{8,}-attempt_(\d+)-save_(\d+)")
@@ -37,6 +38,24 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_over(checkpoints: Path, attempt: int) -> None:
+    """Rank 0 at start-up: from now on only this attempt may write, and readers ignore what older ones publish.
+
+    Raises:
+        Superseded: a newer attempt has been faster.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    Fence(checkpoints, attempt).check()
+    write_durably(checkpoints / lease.claim_name(attempt), lease.claimant())
+    fsync_folder(checkpoints)
+    found = layout.list_complete(checkpoints)  # only now: what is acknowledged from here on is ours
+    stands = {each.step: number for each in found if (number := layout.attempt_of(each.folder)) is not None}
+    write_durably(checkpoints / lease.lease_name(attempt), lease.to_bytes(Lease(attempt, stands)))
+    fsync_folder(checkpoints)
+    for path in lease.older(checkpoints, attempt):
+        path.unlink(missing_ok=True)
 
 
 def poll(found: Callable[[], bool], limit_seconds: float, waiting_for: Callable[[], str]) -> None:
@@ -73,8 +92,10 @@ def await_tables(writing: Path, num_ranks: int, limit_seconds: float, go_on: Cal
     poll(all_there, limit_seconds, lambda: f"the data of rank {', '.join(map(str, missing()))}")
 
 
-def await_publication(writing: Path, final: Path, limit_seconds: float, go_on: Callable[[], None]) -> None:
-    """The other ranks: return once rank 0 has published.
+def await_publication(
+    writing: Path, final: Path, attempt: int, limit_seconds: float, go_on: Callable[[], None]
+) -> None:
+    """The other ranks: return once rank 0 of this attempt has published.
 
     Raises:
         OSError: a rank gave up, or nothing was published within `limit_seconds`.
@@ -82,7 +103,7 @@ def await_publication(writing: Path, final: Path, limit_seconds: float, go_on: C
 
     def published() -> bool:
         go_on()
-        if layout.is_complete(final):
+        if layout.is_complete(final) and layout.attempt_of(final) == attempt:
             return True
         check_peers(writing)
         return False
@@ -114,19 +135,23 @@ def gather_tables(writing: Path, num_ranks: int) -> tuple[dict[str, tuple[int, .
 
 
 def publish(writing: Path, final: Path, manifest: Manifest) -> None:
-    """Rank 0: write the manifest and give the folder its final name; durable when this returns.
+    """Rank 0: write the manifest and give the folder its final name; durable, and ours, when this returns.
 
     Raises:
-        FileExistsError: another attempt has published this step meanwhile.
+        FileExistsError: the step is there already.
+        Superseded: a newer attempt has taken over; whatever has got its final name nevertheless, readers ignore.
     """
+    fence = Fence(final.parent, manifest.attempt)
     write_durably(writing / MANIFEST, manifest.to_bytes())
     fsync_folder(writing)
-    if layout.is_complete(final):
-        raise FileExistsError(f"{final.name} was published by another attempt")
+    fence.check()
+    if layout.counts(final):
+        raise FileExistsError(f"{final.name} is there already")
     if final.exists():
-        delete(final)
-    writing.rename(final)
+        delete(final)  # what a crash has left of a deletion, or an older attempt has published too late
+    writing.rename(final)  # onto a full folder this fails
     fsync_folder(final.parent)
+    fence.check()
 
 
 def amend(folder: Path, trajectory: Mapping[str, Any]) -> None:
@@ -156,9 +181,10 @@ def give_up(writing: Path, rank: int, num_ranks: int, reason: str) -> None:
 
 def delete(folder: Path) -> None:
     """Delete a checkpoint; from the first moment on it is no longer complete."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    fsync_folder(folder)
-    shutil.rmtree(folder)
+    with suppress(FileNotFoundError):  # another attempt deletes it, too
+        (folder / MANIFEST).unlink(missing_ok=True)
+        fsync_folder(folder)
+        shutil.rmtree(folder)
 
 
 def retain(
@@ -183,9 +209,10 @@ def retain(
 
 
 def sweep(checkpoints: Path, attempt: int, save: int = 0) -> list[str]:
-    """Rank 0: delete what crashes left: temporary folders of earlier saves and half-deleted checkpoints.
+    """Rank 0: delete what crashes left: temporary folders of earlier saves, and at start-up what no reader takes.
 
-    The latter at start-up only (`save` of 0): later, `retain` may just be deleting one, in another thread.
+    The latter (half-deleted checkpoints, and those an older attempt has published too late) only then (`save` of 0):
+    later, `retain` may just be deleting one, in another thread.
 
     Returns:
         The names deleted.
@@ -193,11 +220,12 @@ def sweep(checkpoints: Path, attempt: int, save: int = 0) -> list[str]:
     if not checkpoints.is_dir():
         return []
     swept = []
+    count = {each.folder for each in layout.list_complete(checkpoints)}
     for path in checkpoints.iterdir():
         match = _WRITING_NAME.fullmatch(path.name)
         stale = match is not None and (int(match[1]), int(match[2])) < (attempt, save)
-        is_half_deleted = save == 0 and layout.step_of(path) is not None and not layout.is_complete(path)
-        if stale or is_half_deleted:
+        if stale or (save == 0 and layout.step_of(path) is not None and path not in count):
+            (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
             swept.append(path.name)
     return sorted(swept)

@@ -5,6 +5,7 @@
                               rank_00000.safetensors
     checkpoints/.writing-step_00000200-attempt_0003-save_0002/     being written; readers never look inside
     checkpoints/step_00000050.damaged/              set aside by training
+    checkpoints/lease_0003.json                     what stood when attempt 3 took over (`lease`)
 
 Imports no torch and knows no engine: a login node lists and finds checkpoints with it. How a folder comes and goes
 is in `commit`, what the ranks' files hold in `pieces`, and who fills them in `store`.
@@ -21,6 +22,7 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
+from llm_dist.checkpoint import lease
 from llm_dist.errors import UserError
 
 FORMAT = 1
@@ -147,11 +149,29 @@ def step_of(folder: Path) -> int | None:
 
 
 def list_complete(checkpoints: Path) -> list[Found]:
-    """Complete checkpoints of a `checkpoints` folder, oldest first; empty where there is no such folder."""
+    """Complete checkpoints of a `checkpoints` folder, oldest first; empty where there is no such folder.
+
+    Without those that an attempt has published after a newer one took over.
+    """
     if not checkpoints.is_dir():
         return []
     found = [Found(step, path) for path in checkpoints.iterdir() if (step := step_of(path)) is not None]
-    return sorted((each for each in found if is_complete(each.folder)), key=lambda each: each.step)
+    complete = sorted((each for each in found if is_complete(each.folder)), key=lambda each: each.step)
+    current = lease.newest(checkpoints)
+    return [each for each in complete if current is None or current.admits(each.step, attempt_of(each.folder))]
+
+
+def attempt_of(folder: Path) -> int | None:
+    """The attempt that wrote a complete checkpoint; None where its manifest does not tell, being damaged."""
+    try:
+        return int(json.loads((folder / MANIFEST).read_bytes())["attempt"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def counts(folder: Path) -> bool:
+    """Whether readers take the complete checkpoint at `folder`, as `list_complete` says."""
+    return any(each.folder == folder for each in list_complete(folder.parent))
 
 
 def latest(checkpoints: Path) -> Found | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llm_dist.checkpoint import commit, layout
 from llm_dist.checkpoint.layout import DamagedCheckpoint, Facts, Found, Manifest, RankFiles, SaveFailed
+from llm_dist.checkpoint.lease import Fence, Superseded
 from llm_dist.checkpoint.pieces import DataFile, Floats, Source, read_table, share_of_replica, write_data, write_durably
 from llm_dist.engine.partition import Partition
 
@@ -59,6 +60,16 @@ class Store:
         self._failure: BaseException | None = None
         self._durable_step: int | None = None
         self._abandoned = threading.Event()
+        self.fence = Fence(folder, attempt)
+        """Whether this attempt may still write."""
+
+    def take_over(self) -> None:
+        """Rank 0 before anything else: older attempts that still live may write no more (`lease`).
+
+        Raises:
+            Superseded: a newer attempt has been faster.
+        """
+        commit.take_over(self.folder, self.attempt)
 
     def save(self, step: int, state: Mapping[str, Partition], facts: Facts, asynchronous: bool = False) -> Saved:
         """Write a checkpoint of `step`; all ranks call this with the same step, each with its own partitions.
@@ -68,12 +79,13 @@ class Store:
 
         Raises:
             SaveFailed: this save, or the earlier one, was not written; no trace of it is left under a final name.
+            Superseded: a newer attempt has taken the run over.
         """
         started = time.perf_counter()
         self._num_saves += 1  # also where nothing comes of it, so that all ranks count alike
         self.wait()
         final = self.folder / layout.checkpoint_name(step)
-        if layout.is_complete(final):
+        if layout.counts(final):
             return Saved(step, time.perf_counter() - started, 0, was_complete=True)
         shares = {key: _share(key, partition) for key, partition in state.items()}
         sources = self._staged(shares) if asynchronous else {key: _source(share) for key, share in shares.items()}
@@ -113,6 +125,24 @@ class Store:
         """Rank 0 at start-up: delete what crashed attempts left; returns the names. Does nothing on other ranks."""
         return commit.sweep(self.folder, self.attempt) if self._rank == 0 else []
 
+    def retain(self, keep_last: int, keep_every_steps: int | None = None, best_step: int | None = None) -> list[int]:
+        """Rank 0: `commit.retain`, unless a newer attempt has taken over.
+
+        Raises:
+            Superseded: it has.
+        """
+        self.fence.check()
+        return commit.retain(self.folder, keep_last, keep_every_steps, best_step)
+
+    def amend(self, step: int, trajectory: Mapping[str, object]) -> None:
+        """Rank 0: `commit.amend` the checkpoint of `step`, unless a newer attempt has taken over.
+
+        Raises:
+            Superseded: it has.
+        """
+        self.fence.check()
+        commit.amend(self.folder / layout.checkpoint_name(step), trajectory)
+
     def restore(self, found: Found, state: Mapping[str, Partition]) -> Manifest:
         """`read_into` for this rank; not collective: ranks may differ in what they raise, and the trainer agrees."""
         return read_into(found.folder, state, self._rank, self._ranks)
@@ -145,14 +175,25 @@ class Store:
                 commit.sweep(self.folder, self.attempt, save)
             else:
                 # Rank 0 knows who is missing: let it give up first.
-                commit.await_publication(writing, final, 2 * self._limit_seconds, self._go_on)
+                commit.await_publication(writing, final, self.attempt, 2 * self._limit_seconds, self._go_on)
             self._durable_step = step
         except BaseException as error:  # noqa: BLE001  kept for `wait`, which raises it in the training thread
             commit.give_up(writing, self._rank, self._ranks, str(error))
-            self._failure = error
-            if isinstance(error, OSError):
-                self._failure = SaveFailed(final, error)
-                self._failure.__cause__ = error
+            self._failure = self._explained(error, final)
+
+    def _explained(self, error: BaseException, final: Path) -> BaseException:
+        """A newer attempt explains whatever went wrong: it sweeps the files of older ones away."""
+        if not isinstance(error, OSError):
+            return error
+        try:
+            self.fence.check()
+        except Superseded as superseded:
+            return superseded
+        except OSError:
+            pass  # the file system fails altogether, and the first error says it better
+        failed = SaveFailed(final, error)
+        failed.__cause__ = error
+        return failed
 
     def _write_files(self, writing: Path, sources: Mapping[str, Source]) -> None:
         def go_on() -> None:
@@ -167,6 +208,7 @@ class Store:
     def _go_on(self) -> None:
         if self._abandoned.is_set():
             raise InterruptedError("the save was abandoned")
+        self.fence.check_now_and_then()
 
     def _manifest(
         self, step: int, facts: Facts, shapes: dict[str, tuple[int, ...]], files: list[RankFiles]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from llm_dist import config
-from llm_dist.checkpoint import commit, layout
 from llm_dist.checkpoint.layout import Facts
 from llm_dist.checkpoint.store import Store
 from llm_dist.data.trace import trace
@@ -121,6 +120,8 @@ class Session:
                 f"step {step}: {fault}; nothing was saved after step {self.saved_step or 0}; it read {documents}; "
                 "lower optim.lr or raise optim.warmup_steps, or set guard.policy (with --accept), then start again"
             )
+        if here.is_first:
+            self.store.fence.check()
         record = {"attempt": self.store.attempt, "documents": documents} if here.is_first else None
         self.skipped.add(step, fault, record=record)
         here.barrier()  # nobody goes on before it is durable
@@ -223,7 +224,7 @@ class Session:
             )
         is_best = self.account.saw_evaluation(next(iter(results.values())).loss_nats)
         if self.saved_step == self.account.step and self.parts.runtime.is_first:  # saved when a stop had cut this short
-            commit.amend(self.store.folder / layout.checkpoint_name(self.account.step), self.account.to_dict())
+            self.store.amend(self.account.step, self.account.to_dict())
             self._retain()
         return is_best
 
@@ -280,7 +281,7 @@ class Session:
         if self.parts.runtime.is_first:
             keep = self.run.checkpoint
             best_step = self.account.best_step if keep.keep_best else None
-            commit.retain(self.store.folder, keep.keep_last, keep.keep_every_steps, best_step)
+            self.store.retain(keep.keep_last, keep.keep_every_steps, best_step)
 
     def leave(self) -> Exit:
         """Save and stop, because a rank was asked to; collective."""

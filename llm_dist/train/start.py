@@ -11,6 +11,7 @@ import torch
 
 from llm_dist import config, runtime
 from llm_dist.checkpoint import layout
+from llm_dist.checkpoint.lease import Superseded
 from llm_dist.checkpoint.store import Store
 from llm_dist.data import opening
 from llm_dist.errors import Exit, UserError
@@ -51,6 +52,9 @@ def start(source: str, overrides: Sequence[str] = (), accepted: Sequence[str] = 
             stands = what_stands(folder.checkpoints)
             say(f"stopped before the first step of this attempt: {stands}; start again to go on", here.is_first)
             code = Exit.STOPPED
+        except Superseded as error:
+            say(str(error), here.is_first)
+            code = Exit.SUPERSEDED
         except ReplicasDiffer as error:
             say(f"{error}; start again to go on from the checkpoint before", here.is_first)
             code = Exit.DEFECT
@@ -95,6 +99,7 @@ def _attempt(
         parts = build.build(run, here, data, lambda line: say(line, here.is_first))
     _leave_if_asked(here, stop)
     store = Store(folder.checkpoints, here.rank, here.ranks, attempt)
+    _take_over(store, here)
     store.sweep()
     with watch.phase("restore"):
         account = restore(parts, store, here, lambda line: say(line, here.is_first))
@@ -118,6 +123,28 @@ def _attempt(
         return loop.train(session)
     finally:
         session.close()
+
+
+def _take_over(store: Store, here: Runtime) -> None:
+    """Let no older attempt write any more; collective.
+
+    Raises:
+        Superseded: a newer attempt has been faster.
+    """
+
+    def take() -> int | None:
+        try:
+            store.take_over()
+        except Superseded as error:
+            return error.by
+        except OSError as error:
+            raise UserError(
+                f"{store.folder}: cannot be written: {error.strerror or error}; mend it, then start again"
+            ) from None
+        return None
+
+    if (by := _on_first(here, take)) is not None:
+        raise Superseded(store.attempt, by)
 
 
 def _leave_if_asked(here: Runtime, stop: StopFlag) -> None:

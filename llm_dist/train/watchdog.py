@@ -4,6 +4,8 @@ Under whatever launcher: ranks know of each other through files in the run folde
 `watch.hang_seconds`, the lowest living rank judges (`verdict`), says it in one line and writes it down; every living
 rank that finds the verdict leaves the stacks of its threads in its log and ends with `Exit.HANG`.
 
+The same thread ends a rank whose run a newer attempt has taken over: stuck in a collective, it would never notice.
+
 Only time in which this process was awake counts, so that a machine that slept or was stopped accuses nobody.
 """
 
@@ -24,6 +26,7 @@ from types import TracebackType
 
 import psutil
 
+from llm_dist.checkpoint.lease import Fence, Superseded
 from llm_dist.errors import Exit
 from llm_dist.runtime import COLLECTIVE_TIMEOUT, Runtime
 from llm_dist.train import flight, heartbeat, verdict
@@ -81,6 +84,7 @@ class Watchdog:
         # Rank 0 also speaks to `llm-launch status`.
         self._seconds = beat_seconds(1, hang_seconds) if here.is_first else self._others_seconds
         window = window_seconds(here.ranks, hang_seconds)
+        self._fence = Fence(folder.checkpoints, attempt)
         self._others = Others(folder.heartbeats, attempt, window, lambda: self._awake)
         self._own_paths = [heartbeat.path_of(folder.heartbeats, here.rank)]
         self._own_paths += [folder.heartbeat] if here.is_first else []
@@ -119,7 +123,10 @@ class Watchdog:
             self.look()
 
     def look(self) -> None:
-        """Show a sign of life, and see whether anything goes on."""
+        """Show a sign of life, and see whether anything goes on, and whether it is still ours."""
+        if (superseded := self._is_superseded()) is not None:
+            self._leave(superseded)
+            return
         own = self._beat(self._notice())
         self._show(own)
         if not self._hang_seconds:
@@ -130,6 +137,22 @@ class Watchdog:
         elif (judged := self._judge(own)) is not None:
             is_mine = self._publish(judged)
             self._end(judged if is_mine else self._read_verdict() or judged, speaks=is_mine)
+
+    def _is_superseded(self) -> Superseded | None:
+        try:
+            self._fence.check()
+        except Superseded as error:
+            return error
+        except OSError as error:
+            self._complain(f"cannot see whether a newer attempt has begun: {error}")
+        return None
+
+    def _leave(self, superseded: Superseded) -> None:
+        """End the process at once: what it still holds belongs to nobody."""
+        self._is_ending = True
+        say(f"rank {self._here.rank}: {superseded}")
+        self._end_process(Exit.SUPERSEDED)
+        self._is_ending = False
 
     def _notice(self) -> Place:
         """Where the main thread is; the time it has been idle grows where it has not moved."""
@@ -187,9 +210,12 @@ class Watchdog:
             if self._ledger is not None:
                 self._ledger.write()
         except OSError as error:
-            if not self._has_complained:
-                say(f"rank {beat.rank}: its heartbeat cannot be written: {error}")
-            self._has_complained = True
+            self._complain(f"its heartbeat cannot be written: {error}")
+
+    def _complain(self, words: str) -> None:
+        if not self._has_complained:
+            say(f"rank {self._here.rank}: {words}")
+        self._has_complained = True
 
     def _judge(self, own: Beat) -> Verdict | None:
         """The verdict, where it falls to this rank: all lower ones are silent."""

@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run_file, run_
 
 
 def test_patience_ends_a_run_that_stopped_improving(run_file, run_folder):
-    words = ("eval.every_steps=1", "eval.patience=2", "optim.lr=1e-30", "checkpoint.keep_last=1")
+    words = ("eval.every_steps=1", "eval.patience=2", "optim.lr=1e-30", "checkpoint.keep_last=2")
     assert "finished early: validation stopped improving at step 3 of 8" in train(run_file, *words).err
     assert steps_saved(run_folder) == [1, 3]  # the best, and the last
     assert "finished early" in train(run_folder).err
@@ -192,7 +192,7 @@ def test_patience_ends_a_run_that_stopped_improving(run_file, run_folder):
 @pytest.mark.parametrize(
     ("words", "kept"),
     [
-        (["checkpoint.keep_last=1"], [8]),
+        (["checkpoint.keep_last=2"], [7, 8]),
         (["checkpoint.keep_last=2", "checkpoint.keep_every_steps=3"], [3, 6, 7, 8]),
         (["checkpoint.keep_last=2", "eval.every_steps=1", "optim.lr=1e-30"], [1, 7, 8]),
         (["checkpoint.keep_last=2", "eval.every_steps=1", "optim.lr=1e-30", "checkpoint.keep_best=false"], [7, 8]),
@@ -302,7 +302,7 @@ def test_a_full_disk_between_saves_is_one_line(run_file, small_disk, monkeypatch
                 file.write(bytes(4096))
 
     at_step(monkeypatch, 11, fill)
-    words = (f"run.dir={small_disk}", "run.steps=40", "checkpoint.every_steps=10", "checkpoint.keep_last=1")
+    words = (f"run.dir={small_disk}", "run.steps=40", "checkpoint.every_steps=10", "checkpoint.keep_last=2")
     mistake = llm_dist("train", run_file, *words).mistake
     assert "No space left on device" in mistake
     assert "free some space, then start again" in mistake
