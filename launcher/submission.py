@@ -10,7 +10,8 @@ from pathlib import Path
 
 from launcher import capacity, planning, ports
 from launcher.attempts import heartbeat, runs_here
-from launcher.local import SAVE_GRACE_SECONDS, Job
+from launcher.local import Job
+from launcher.watching import SAVE_GRACE_SECONDS
 from llm_dist import config
 from llm_dist.errors import UserError
 from llm_dist.plan import require_little_waste
