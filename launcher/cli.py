@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.slurm import commands
 from llm_dist.errors import Exit, exit_code_of
 
 app = typer.Typer(
@@ -78,21 +79,24 @@ def local(
     )
 )
 def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder; the newest in runs/.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say where a run is: step, loss, speed, time left, checkpoint, attempts, last error."""
+    """Say where a run is: step, loss, speed, time left, checkpoint, attempts, job and why it waits, first error."""
 
     def action() -> int:
         from dataclasses import asdict
 
+        from launcher.listing import meant
+        from launcher.slurm import standing
         from launcher.status import read_status, render
 
-        found = read_status(run)
+        found = read_status(meant(run))
+        job = standing.look(meant(run))
         if as_json:
-            _print_json(asdict(found))
+            _print_json({**asdict(found), "slurm": job and asdict(job)})
         else:
-            print(render(found))
+            print(render(found), *(standing.lines(job) if job else []), sep="\n")
         return Exit.DONE
 
     raise typer.Exit(exit_code_of(action))
@@ -168,6 +172,9 @@ def plan(
         return Exit.DONE
 
     raise typer.Exit(exit_code_of(action))
+
+
+commands.add_to(app, _examples)
 
 
 def _print_json(table: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher import ports
 from launcher.attempts import describe_checkpoint, latest_complete_step, next_attempt
-from launcher.ranks import log_path, start
+from launcher.ranks import World, log_path, start
 from launcher.watching import Failure, Follower, StopRequests, say, watch
 from llm_dist.errors import Exit
 
@@ -96,7 +96,7 @@ def _attempt(job: Job, stop: StopRequests) -> Exit | Failure:
         return Exit.STOPPED
     port = ports.choose_port() if job.port is None else ports.require_free(job.port)
     attempt = next_attempt(job.run)
-    with start(job.command, job.ranks, port, job.logs, attempt) as ranks:
+    with start(job.command, World(job.ranks, job.ranks, port), job.logs, attempt) as ranks:
         follower = Follower(log_path(job.logs, 0), ranks.members[0].log_start_bytes)
         try:
             ending = watch(ranks, stop, job.run, attempt, follower.show)

@@ -23,9 +23,9 @@ def is_free(port: int) -> bool:
     return True
 
 
-def choose_port() -> int:
-    """A free port below the range from which the kernel serves outgoing connections."""
-    for port in random.sample(range(_LOWEST, _ephemeral_start()), k=64):
+def choose_port(seed: int | None = None) -> int:
+    """A free port below the range from which the kernel serves outgoing connections; looked for in the seed's order."""
+    for port in random.Random(seed).sample(range(_LOWEST, _ephemeral_start()), k=64):
         if is_free(port):
             return port
     raise UserError("no free port among 64 tried; name one with --port")

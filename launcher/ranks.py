@@ -1,6 +1,7 @@
 """The processes of one attempt on this machine: started together, watched, and never left behind.
 
-Knows nothing of training: a rank is a command with an environment and a log file.
+Knows nothing of training: a rank is a command with an environment and a log file. Other machines may have ranks of the
+same attempt; `World` says which are ours.
 """
 
 from __future__ import annotations
@@ -22,6 +23,26 @@ HEADER = "=== attempt "
 _PR_SET_PDEATHSIG = 1
 _OF_OTHERS = ("TORCHELASTIC_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_", "SLURM_PROCID", "SLURM_LOCALID")
 """Beginnings of variables in which an outer launcher describes other ranks than ours."""
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of an attempt, which of them are this machine's, and where they meet."""
+
+    ranks: int
+    here: int
+    """How many of them run on this machine."""
+    port: int
+    first: int = 0
+    """The lowest of them."""
+    address: str = "127.0.0.1"
+    interface: str | None = "lo"
+    """Network interface that leads to the others; None: let the libraries look for it."""
+
+    @property
+    def numbers(self) -> range:
+        """The ranks of this machine."""
+        return range(self.first, self.first + self.here)
 
 
 @dataclass
@@ -68,6 +89,10 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
+    def rank(self, number: int) -> Rank:
+        """The rank of that number, which runs on this machine."""
+        return self.members[number - self.members[0].number]
+
     def codes(self) -> dict[int, int]:
         """Exit codes of the ranks that have ended."""
         found = {rank.number: rank.poll() for rank in self.members}
@@ -104,14 +129,14 @@ class Ranks:
             rank.process.wait()
 
 
-def start(command: Sequence[str], num_ranks: int, port: int, logs: Path, attempt: int) -> Ranks:
-    """Start `command` once per rank; each rank's output is appended to its file under `logs`."""
+def start(command: Sequence[str], world: World, logs: Path, attempt: int) -> Ranks:
+    """Start `command` once per rank of this machine; each rank's output is appended to its file under `logs`."""
     logs.mkdir(parents=True, exist_ok=True)
     started = Ranks(members := [])
     try:
-        for number in range(num_ranks):
-            environment = rank_environment(os.environ, number, num_ranks, port)
-            header = f"{HEADER}{attempt} | rank {number} of {num_ranks} | {socket.gethostname()}"
+        for number in world.numbers:
+            environment = rank_environment(os.environ, number, world)
+            header = f"{HEADER}{attempt} | rank {number} of {world.ranks} | {socket.gethostname()}"
             members.append(_start_rank(command, number, environment, log_path(logs, number), header))
     except BaseException:
         started.kill()
@@ -119,22 +144,22 @@ def start(command: Sequence[str], num_ranks: int, port: int, logs: Path, attempt
     return started
 
 
-def rank_environment(outer: Mapping[str, str], rank: int, num_ranks: int, port: int) -> dict[str, str]:
+def rank_environment(outer: Mapping[str, str], rank: int, world: World) -> dict[str, str]:
     """What torch.distributed reads, and a share of the cores; what the user has set is kept."""
     kept = {name: value for name, value in outer.items() if not name.startswith(_OF_OTHERS)}
-    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1
+    threads = max(1, len(os.sched_getaffinity(0)) // world.here) if hasattr(os, "sched_getaffinity") else 1
     defaults = {"OMP_NUM_THREADS": str(threads)}
-    if sys.platform == "linux":
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo resolves the host name, which may lead nowhere
+    if sys.platform == "linux" and world.interface is not None:
+        defaults["GLOO_SOCKET_IFNAME"] = world.interface  # else gloo resolves the host name, which may lead nowhere
     return {
         **defaults,
         **kept,
         "RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world.ranks),
+        "LOCAL_RANK": str(rank - world.first),
+        "LOCAL_WORLD_SIZE": str(world.here),
+        "MASTER_ADDR": world.address,
+        "MASTER_PORT": str(world.port),
         "PYTHONUNBUFFERED": "1",
     }
 

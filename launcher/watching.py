@@ -132,9 +132,16 @@ def _is_in_order(code: int, stop: StopRequests) -> bool:
 
 
 def _first_of(failed: Sequence[int], codes: dict[int, int]) -> int:
-    """What explains most, then a signal; a neighbour's lost connection only follows from them."""
-    explains = (Exit.USER_ERROR, Exit.SUPERSEDED)
-    return min(failed, key=lambda number: (codes[number] not in explains, codes[number] >= 0, number))
+    return min(failed, key=lambda number: (precedence(codes[number]), number))
+
+
+def precedence(code: int) -> int:
+    """Of several ranks that fail together the one with the lowest explains most; lost connections only follow."""
+    if code in (Exit.USER_ERROR, Exit.SUPERSEDED):
+        return 0
+    if code == Exit.LOST_CONTACT:
+        return 3
+    return 1 if code < 0 else 2
 
 
 def _end_others(
@@ -143,14 +150,15 @@ def _end_others(
     code = codes[number]
     if code == Exit.USER_ERROR:  # the others come to the same conclusion, and rank 0 says it best
         ranks.wait(2.0, show)
-        number = 0 if ranks.members[0].poll() == Exit.USER_ERROR else number
+        lowest = ranks.members[0]
+        number = lowest.number if lowest.poll() == Exit.USER_ERROR else number
     if code == Exit.HANG:  # nobody can save, and a rank that is stopped hears no SIGTERM
         ranks.wait(HANG_GRACE_SECONDS, show)
         ranks.kill()
-        return Failure(number, code, tuple(ranks.members[number].last_lines(8)), verdict=hang_verdict(run))
+        return Failure(number, code, tuple(ranks.rank(number).last_lines(8)), verdict=hang_verdict(run))
     ranks.terminate(grace_seconds, show)
     while_stopping = Exit.STOPPED in codes.values()
-    return Failure(number, code, tuple(ranks.members[number].last_lines(8)), while_stopping)
+    return Failure(number, code, tuple(ranks.rank(number).last_lines(8)), while_stopping)
 
 
 def _missing(ranks: Ranks, codes: dict[int, int]) -> str:

@@ -26,6 +26,8 @@ class Exit(IntEnum):
     """Nothing went on any more (`watch.hang_seconds`); start again to go on from the latest checkpoint."""
     SUPERSEDED = 77
     """A newer attempt has taken the run over: starting again would only take it away from that one."""
+    LOST_CONTACT = 78
+    """Another rank was gone; its own end says why."""
 
 
 class UserError(Exception):

@@ -62,7 +62,7 @@ def start(source: str, overrides: Sequence[str] = (), accepted: Sequence[str] = 
             if (words := runtime.lost_contact(error)) is None:
                 raise
             say(f"lost contact with another rank, whose log says why: {words}")
-            code = Exit.DEFECT
+            code = Exit.LOST_CONTACT
         finally:
             runtime.stop()
         stop.retire(code)

@@ -109,7 +109,7 @@ def test_when_a_rank_raises_the_others_end_within_seconds_without_any_launcher(f
     ended = time.monotonic()
     _, words_of_0 = ranks[0].communicate(timeout=30)
     assert time.monotonic() - ended < 10.0
-    assert [process.returncode for process in ranks] == [Exit.DEFECT, Exit.DEFECT]
+    assert [process.returncode for process in ranks] == [Exit.LOST_CONTACT, Exit.DEFECT]
     assert words_of_1.rstrip().endswith("LookupError: planted")
     assert len(re.findall(r"lost contact with another rank, whose log says why: .+", words_of_0)) == 1
     assert "Traceback" not in words_of_0 and "hang" not in words_of_0.replace(str(HANGING), "")

@@ -16,7 +16,7 @@ from launcher import capacity, ports, submission
 from launcher.attempts import latest_complete_step
 from launcher.local import Job, supervise
 from launcher.planning import DataSize, data_size
-from launcher.ranks import rank_environment
+from launcher.ranks import World, rank_environment
 from llm_dist import config, plan
 from llm_dist.errors import Exit, UserError
 
@@ -70,7 +70,7 @@ def test_ranks_are_described_and_their_output_kept(tmp_path, monkeypatch, capfd)
 
 def test_environment_of_a_rank():
     outer = {"PATH": "/bin", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "7", "RANK": "9", "MASTER_PORT": "1"}
-    environment = rank_environment(outer, 1, 2, 12345)
+    environment = rank_environment(outer, 1, World(2, 2, 12345))
     assert environment["RANK"] == environment["LOCAL_RANK"] == "1"
     assert environment["WORLD_SIZE"] == environment["LOCAL_WORLD_SIZE"] == "2"
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("127.0.0.1", "12345")
