@@ -1,9 +1,12 @@
-"""What may change between two starts of one run: the rules that each key of the run file carries, applied."""
+"""What may change between two starts of one run: the rules that each key of the run file carries, and its owner."""
 
 from __future__ import annotations
 
+import os
+import pwd
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 
 from llm_dist.config import Config, fields
 from llm_dist.errors import ResumeRefused
@@ -43,6 +46,26 @@ def check_resume(
     if refused:
         raise ResumeRefused("\n".join(refused))
     return changed
+
+
+def check_owner(config_file: Path, accepted: Sequence[str] = ()) -> None:
+    """Refuse a run that another user has written: what lies in its folder decides what this one computes.
+
+    Raises:
+        ResumeRefused: it is another user's, and `accepted` does not name `owner`.
+    """
+    owner = config_file.stat().st_uid
+    if owner != os.getuid() and "owner" not in accepted:
+        raise ResumeRefused(
+            f"{config_file.parent} was written by another user, {_user(owner)}; add --accept owner to go on with it"
+        )
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"number {number}"
 
 
 def _past_that_differs(before: Config, now: Config, step: int) -> str | None:

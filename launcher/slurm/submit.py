@@ -26,7 +26,7 @@ from launcher.slurm.script import Shape, Work
 from launcher.slurm.site import Site
 from llm_dist import config
 from llm_dist.checkpoint.layout import latest
-from llm_dist.config_resume import check_resume
+from llm_dist.config_resume import check_owner, check_resume
 from llm_dist.errors import UserError
 from llm_dist.plan import require_little_waste
 
@@ -156,6 +156,7 @@ def _resolved(wanted: Wanted) -> config.Config:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} exists and is not a run folder; choose another run.name or run.dir")
         return run.frozen()
+    check_owner(folder / "config.json", wanted.accepted)
     before = config.load(folder)
     if run.optim.total_steps is None:
         update = {"total_steps": before.optim.total_steps}

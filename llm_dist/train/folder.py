@@ -22,7 +22,7 @@ from typing import Any
 
 from llm_dist import config, runtime
 from llm_dist.checkpoint import layout
-from llm_dist.config_resume import check_resume
+from llm_dist.config_resume import check_owner, check_resume
 from llm_dist.errors import ResumeRefused, UserError
 
 
@@ -60,6 +60,7 @@ class RunFolder:
 
     def _open(self, run: config.Config, data: Mapping[str, str], accepted: Sequence[str]) -> config.Config:
         if self.config.is_file():
+            check_owner(self.config, accepted)
             before = config.load(self.config)
             if run.optim.total_steps is None:
                 update = {"total_steps": before.optim.total_steps}

@@ -151,6 +151,15 @@ def test_what_may_change_from_now_is_accepted_and_recorded(run_file, run_folder)
     assert json.loads((run_folder / "config.json").read_text())["optim"]["lr"] == 1e-3
 
 
+def test_a_run_that_another_user_has_written_is_refused_until_accepted(run_file, run_folder, monkeypatch):
+    train(run_file, "run.steps=1", "optim.total_steps=8")
+    own = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    refused = llm_dist("train", run_folder, "run.steps=2").mistake
+    assert "was written by another user" in refused and "--accept owner" in refused
+    train(run_folder, "run.steps=2", "--accept", "owner")
+
+
 def test_other_data_or_another_tokenizer_is_refused_before_anything_is_written(
     run_file, run_folder, corpus, tokenizer, other_shards, tmp_path
 ):
