@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_high
 
-from launcher.preflight.facts import Device, NodeFacts
+from launcher.preflight.facts import NodeFacts
 from launcher.wording import bytes_in_words
 
 _GIB = 2**30
@@ -32,6 +32,11 @@ class Limits:
     """Of the median node's matmul rate; cores may be shared with other jobs."""
     gpus: int | None = None
     """Per node; None: as many as most nodes have."""
+
+    @classmethod
+    def of_gib(cls, min_disk: float, min_memory: float, gpus: int | None) -> Limits:
+        """What is usually set by hand; the rest by default."""
+        return cls(min_disk_bytes=int(min_disk * _GIB), min_memory_bytes=int(min_memory * _GIB), gpus=gpus)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,8 @@ def _num_gpus(facts: NodeFacts) -> int:
 def _different(facts: Sequence[NodeFacts]) -> Iterator[Fault]:
     names = sorted({name for each in facts for name in each.versions})
     for name in names:
-        yield from _outvoted(name, {each.node: each.versions.get(name, "none") for each in facts})
+        known = [each for each in facts if name in each.versions or not each.problems]  # else a fault already
+        yield from _outvoted(name, {each.node: each.versions.get(name, "none") for each in known})
     yield from _outvoted("code of llm_dist", {each.node: each.code[:12] for each in facts})
     models = {each.node: " and ".join(sorted({device.name for device in each.devices})) for each in facts}
     yield from _outvoted("devices", {node: model for node, model in models.items() if model})
