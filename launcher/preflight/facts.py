@@ -7,6 +7,7 @@ that. Whatever cannot be measured is a problem in words: nothing is passed over.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import socket
@@ -100,6 +101,8 @@ def measure(meeting: Meeting) -> NodeFacts:
     gpus = _gpus(problems)
     probed = _probe(problems)
     devices = tuple(Device(**each) for each in probed.get("devices", ()))
+    if gpus and "CUDA_VISIBLE_DEVICES" not in os.environ and devices and not any(each.is_gpu for each in devices):
+        problems.append(f"torch sees none of {len(gpus)} GPUs: is it built for the CPU only, or for a newer driver?")
     versions = {"python": platform.python_version(), "llm_dist": _installed_version(), **probed.get("versions", {})}
     if gpus:
         versions["driver"] = gpus[0].driver

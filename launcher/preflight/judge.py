@@ -131,7 +131,7 @@ def _too_little(facts: Sequence[NodeFacts], limits: Limits) -> Iterator[Fault]:
 def _gpu_counts(facts: Sequence[NodeFacts], limits: Limits) -> Iterator[Fault]:
     counts = {each.node: _num_gpus(each) for each in facts}
     if limits.gpus is None:
-        yield from _outvoted("GPUs", {node: str(count) for node, count in counts.items()})
+        yield from _outvoted("numbers of GPUs", {node: str(count) for node, count in counts.items()})
         return
     for count in sorted(set(counts.values())):
         if count < limits.gpus:
@@ -198,7 +198,7 @@ def _outvoted(what: str, values: Mapping[str, str]) -> Iterator[Fault]:
     words = ", ".join(f"{value} on {_names(nodes)}" for value, nodes in differing.items())
     against = f", {common} on most" if has_majority else ""
     named = tuple(node for nodes in differing.values() for node in nodes)
-    yield Fault(named, f"{what} differ: {words}{against}", blamed=has_majority)
+    yield Fault(named, f"different {what}: {words}{against}", blamed=has_majority)
 
 
 def _own(nodes: Sequence[str], facts: Sequence[NodeFacts], what: str) -> Fault:

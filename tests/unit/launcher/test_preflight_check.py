@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from launcher.cli import app
 from launcher.preflight import facts
+from launcher.preflight.gpus import Gpu
 
 DEVICES = {
     "versions": {"torch": "2.13.0"},
@@ -66,6 +67,16 @@ def test_torch_that_hangs_is_a_fault(probe, tmp_path, monkeypatch):
     ended = check(tmp_path)
     assert ended.exit_code == 2
     assert "torch measured no matmul in 0.5 s" in ended.stdout
+
+
+def test_gpus_that_torch_does_not_see_are_a_fault_unless_they_are_hidden_from_it(probe, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(facts, "read_gpus", lambda: (Gpu(0, "NVIDIA H100", "570.86.15", 2**30, 0, False),))
+    ended = check(tmp_path)
+    assert ended.exit_code == 2
+    assert "torch sees none of 1 GPUs" in ended.stdout
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert check(tmp_path).exit_code == 0
 
 
 def test_too_little_disk_is_said_in_words(probe, tmp_path):

@@ -81,7 +81,7 @@ def test_its_answer_is_read(driver):
 
 def test_its_failure_is_told_in_its_words(driver):
     driver("echo 'Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.'; exit 15")
-    with pytest.raises(NoAnswerError, match="ended with 15: Unable to determine .* GPU is lost"):
+    with pytest.raises(NoAnswerError, match=r"ended with 15: Unable to determine .* GPU is lost"):
         read_gpus()
 
 

@@ -90,7 +90,7 @@ def test_a_single_node_differs_from_nobody(changed):
 
 def test_what_differs_is_said_with_both_values():
     fault = only(job(3, b={"versions": {"python": "3.11.7", "torch": "2.12.0"}}))
-    assert fault.what == "torch differ: 2.12.0 on b, 2.13.0 on most"
+    assert fault.what == "different torch: 2.12.0 on b, 2.13.0 on most"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_slow_gpu_is_found_among_its_own_neighbours():
 def test_a_node_with_fewer_gpus_than_most_is_blamed():
     gpus = {name: {"devices": (H100, H100)} for name in "abc"}
     fault = only(job(3, **{**gpus, "c": {"devices": (H100,)}}))
-    assert (fault.nodes, fault.what, fault.blamed) == (("c",), "GPUs differ: 1 on c, 2 on most", True)
+    assert (fault.nodes, fault.what, fault.blamed) == (("c",), "different numbers of GPUs: 1 on c, 2 on most", True)
 
 
 def test_with_the_number_of_gpus_wanted_one_of_two_is_blamed():

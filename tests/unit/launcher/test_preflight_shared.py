@@ -53,5 +53,5 @@ def test_one_that_never_comes_is_named_by_the_others(nodes, tmp_path):
 
 def test_an_incarnation_is_met_once(tmp_path):
     met(tmp_path, 0, 0.0)
-    with pytest.raises(UserError, match="here_00000.json is there already"):
+    with pytest.raises(UserError, match=r"here_00000\.json is there already"):
         met(tmp_path, 0, 0.0)
