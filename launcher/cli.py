@@ -174,6 +174,40 @@ def plan(
     raise typer.Exit(exit_code_of(action))
 
 
+@app.command(
+    epilog=_examples(
+        "llm-launch check",
+        "llm-launch check runs/demo --min-disk 200 --gpus 8",
+    )
+)
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="[RUN_OR_FOLDER]", help="Where a run writes.")] = Path(),
+    *,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that there must be.")] = None,
+    min_disk: Annotated[float, typer.Option(min=0, metavar="GIB", help="Free in the folder.")] = 5.0,
+    min_memory: Annotated[float, typer.Option(min=0, metavar="GIB", help="Free on this machine.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Check this machine before ranks start: disk, memory, GPUs, matmul rate.
+
+    Exit codes: 0 no faults, 2 some, each in one line.
+    """
+
+    def action() -> int:
+        from launcher.preflight.check import check_here
+        from launcher.preflight.judge import Limits
+        from launcher.preflight.report import show
+
+        verdict = check_here(folder, Limits.of_gib(min_disk, min_memory, gpus))
+        if as_json:
+            _print_json(verdict.as_table())
+        else:
+            show(verdict)
+        return Exit.USER_ERROR if verdict.faults else Exit.DONE
+
+    raise typer.Exit(exit_code_of(action))
+
+
 commands.add_to(app, _examples)
 
 

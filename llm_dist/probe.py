@@ -1,12 +1,36 @@
-"""What this device can do: the matmul rate that utilisation is measured against."""
+"""What the devices and the network between them can do: matmul rate, all-reduce rate, and whether sums are right.
+
+    python -m llm_dist.probe devices                 each device of this machine, alone
+    python -m llm_dist.probe all-reduce --out DIR    as one rank among the others, with the variables torchrun sets
+
+Both print one JSON object as the last line of standard output. The second also writes it to DIR/rank_00000.json, and
+ends with code 2 where a sum is wrong, ranks do not answer, or the rate is below `--least` GB/s.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import platform
+import socket
+import statistics
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from llm_dist import runtime
+from llm_dist.errors import UserError, exit_code_of
 from llm_dist.model.layers import product
+
+_REPEATS = 5
+_PERIOD = 251
+"""Of the summed pattern: a prime, so that pieces which arrive at a wrong place do not fit there."""
 
 
 def matmul_flops_per_second(
@@ -21,6 +45,130 @@ def matmul_flops_per_second(
         before = time.perf_counter()
         product(left, right)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - before)
     return flops / fastest
+
+
+def devices() -> dict[str, Any]:
+    """Versions, and name and matmul rate of every GPU that is visible, or of the CPU where none is."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    measured = [
+        {
+            "name": torch.cuda.get_device_name(gpu),
+            "is_gpu": True,
+            "flops_per_second": matmul_flops_per_second(gpu, torch.bfloat16, rows=8192, width=4096),
+        }
+        for gpu in gpus
+    ]
+    if not gpus:
+        rate = matmul_flops_per_second(torch.device("cpu"), torch.float32, rows=128, width=256, seconds=0.5)
+        measured = [{"name": platform.machine(), "is_gpu": False, "flops_per_second": rate}]
+    versions = {"torch": str(torch.__version__)}
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    return {"versions": versions, "devices": measured}
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """What one rank found."""
+
+    rank: int
+    ranks: int
+    host: str
+    device: str
+    num_bytes: int
+    num_wrong: int
+    """Elements of the sum that were not what they had to be, exactly."""
+    bus_bytes_per_second: float | None
+    """What each rank sent, and received, if the ranks form a ring (as nccl-tests count it); None on one rank."""
+
+
+def all_reduce(here: runtime.Runtime, num_bytes: int) -> AllReduce:
+    """Sum a known pattern over all ranks, compare, and take the median time; collective: all ranks call this."""
+    pattern = torch.arange(num_bytes // 4, device=here.device) % _PERIOD
+    right = (
+        here.ranks * pattern + here.ranks * (here.ranks - 1) // 2
+    ).float()  # below 2**24 up to 5,000 ranks: exact in any order
+    num_wrong, seconds = 0, []
+    for _ in range(1 + _REPEATS):
+        values = (pattern + here.rank).float()
+        here.barrier()
+        before = time.perf_counter()
+        here.sum(values)
+        _finish(here.device)
+        seconds.append(time.perf_counter() - before)
+        num_wrong += int((values != right).sum())
+    travelled = 2 * (here.ranks - 1) / here.ranks * right.nbytes
+    return AllReduce(
+        rank=here.rank,
+        ranks=here.ranks,
+        host=socket.gethostname(),
+        device=str(here.device),
+        num_bytes=right.nbytes,
+        num_wrong=num_wrong,
+        bus_bytes_per_second=travelled / statistics.median(seconds[1:]) if here.ranks > 1 else None,
+    )
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def fault(found: AllReduce, least_bytes_per_second: float) -> str | None:
+    """Why ranks that found this should not train, in words."""
+    who = f"rank {found.rank} on {found.host}"
+    if found.num_wrong:
+        return f"{who}: {found.num_wrong} elements of a sum over {found.ranks} ranks are wrong"
+    rate = found.bus_bytes_per_second
+    if rate is not None and rate < least_bytes_per_second:
+        return f"{who}: all-reduce at {rate / 1e9:.3g} GB/s, {least_bytes_per_second / 1e9:.3g} GB/s wanted"
+    return None
+
+
+def _probe_network(out: Path, megabytes: float | None, least: float, seconds: float) -> None:
+    try:
+        here = runtime.start(timeout=timedelta(seconds=seconds))
+        default = 256 if here.device.type == "cuda" else 16
+        found = all_reduce(here, int((megabytes or default) * 1e6))
+    except (RuntimeError, TimeoutError) as error:
+        if (lost := _no_answer(error)) is None:
+            raise
+        raise UserError(f"{socket.gethostname()}: ranks do not answer within {seconds:.0f} s: {lost}") from None
+    finally:
+        runtime.stop()
+    text = json.dumps(asdict(found))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"rank_{found.rank:05d}.json").write_text(text + "\n", encoding="utf-8")
+    print(text, flush=True)
+    if words := fault(found, least * 1e9):
+        raise UserError(words)
+
+
+def _no_answer(error: Exception) -> str | None:
+    if isinstance(error, RuntimeError):
+        return runtime.lost_contact(error)
+    return str(error)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m llm_dist.probe`."""
+    parser = argparse.ArgumentParser(prog="python -m llm_dist.probe", description=(__doc__ or "").partition("\n")[0])
+    ways = parser.add_subparsers(dest="way", required=True)
+    ways.add_parser("devices", help="matmul rate of each device")
+    network = ways.add_parser("all-reduce", help="rate and correctness among the ranks")
+    network.add_argument("--out", type=Path, required=True, help="folder of the ranks' reports")
+    network.add_argument("--megabytes", type=float, help="to sum; 256 on GPUs, else 16, when absent")
+    network.add_argument("--least", type=float, default=0.0, help="GB/s that are enough (0)")
+    network.add_argument("--seconds", type=float, default=60.0, help="how long to wait for other ranks (60)")
+    wanted = parser.parse_args(words)
+    if wanted.way == "devices":
+        print(json.dumps(devices()), flush=True)
+        return 0
+    return exit_code_of(lambda: _probe_network(wanted.out, wanted.megabytes, wanted.least, wanted.seconds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

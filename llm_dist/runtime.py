@@ -6,7 +6,6 @@ the host always travel over gloo, so that agreeing on something never waits for 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -16,7 +15,6 @@ import uuid
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,16 +192,6 @@ def derived_seed(*parts: int | str) -> int:
     """A 63-bit seed that is a pure function of its parts; equal in every process and version."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-@functools.cache
-def code_fingerprint() -> str:
-    """sha256 over this package's source files, by name: which code wrote a checkpoint, also outside a checkout."""
-    package = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ PAGES = [
             "engines",
             "checkpoints",
             "launching",
+            "preflight",
             "evaluation-and-exchange",
             "design",
             "benchmarks",

@@ -69,18 +69,18 @@ class Place:
         return cls(int(number), name or socket.gethostname())
 
 
-def meeting_address(interface: str, node: str) -> str:
-    """The address of this node, named `node`, at which other nodes reach it.
+def meeting_address(interface: str, node: str, is_here: bool) -> str:
+    """The address of a node at which other nodes reach it; `interface` can only be asked on the node itself.
 
     Raises:
         UserError: there is none but the loopback's, or not on the interface asked for.
     """
-    if interface:
+    if interface and is_here:
         found = [each.address for each in psutil.net_if_addrs().get(interface, ()) if each.family == socket.AF_INET]
         if not found:
             raise UserError(f"interface {interface!r} of the site profile has no IPv4 address on {node}")
         return str(found[0])
-    for name in (node, socket.gethostname(), controller.address_of(node)):
+    for name in (node, *([socket.gethostname()] if is_here else []), controller.address_of(node)):
         for address in _addresses(name):
             if not address.startswith("127."):
                 return address

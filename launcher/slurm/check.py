@@ -44,8 +44,9 @@ def _mistakes(shape: Shape, partition: Partition, site: Site) -> list[str]:
     where = f"partition {partition.name}"
     if not partition.is_up:
         found.append(f"{where} takes no jobs now")
-    if shape.nodes > partition.nodes:
-        found.append(f"--nodes {shape.nodes} is more than the {partition.nodes} nodes of {where}")
+    if shape.nodes + shape.spares > partition.nodes:
+        asked = f"--nodes {shape.nodes}" + (f" --spares {shape.spares}" if shape.spares else "")
+        found.append(f"{asked} is more than the {partition.nodes} nodes of {where}")
     if partition.max_minutes is not None and shape.minutes > partition.max_minutes:
         longest = in_slurm_words(partition.max_minutes)
         found.append(f"--time {in_slurm_words(shape.minutes)} is more than {where} allows: {longest}")

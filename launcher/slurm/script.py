@@ -19,6 +19,7 @@ class Shape:
     """What is asked of the cluster."""
 
     nodes: int
+    """Nodes for the ranks."""
     ranks_per_node: int
     gpus_per_node: int
     cpus_per_node: int
@@ -27,6 +28,8 @@ class Shape:
     account: str = ""
     qos: str = ""
     constraint: str = ""
+    spares: int = 0
+    """Nodes more than the ranks need, to take the place of bad ones."""
     exclude: Sequence[str] = ()
     options: Sequence[str] = ()
     """More options of sbatch."""
@@ -75,7 +78,7 @@ def render(shape: Shape, work: Work, site: Site, token: str, is_chained: bool = 
 def _options(shape: Shape, work: Work, site: Site, token: str, is_chained: bool) -> Iterator[str]:
     yield f"--job-name={job_name(work.run)}"
     yield f"--comment={COMMENT}{token}"
-    yield f"--nodes={shape.nodes}"
+    yield f"--nodes={shape.nodes + shape.spares}"
     yield "--ntasks-per-node=1"
     yield f"--cpus-per-task={shape.cpus_per_node}"
     if shape.gpus_per_node:
@@ -100,8 +103,10 @@ def _options(shape: Shape, work: Work, site: Site, token: str, is_chained: bool)
 
 def _words(shape: Shape, work: Work, site: Site, is_chained: bool) -> list[str]:
     words = [work.python, "-m", "launcher.slurm.supervise", str(work.run)]
-    words += ["--ranks-per-node", str(shape.ranks_per_node), "--signal-seconds", str(site.signal_seconds)]
-    words += ["--max-failures", str(site.max_failures)]
+    words += ["--nodes", str(shape.nodes), "--ranks-per-node", str(shape.ranks_per_node)]
+    words += ["--signal-seconds", str(site.signal_seconds)]
+    words += ["--max-failures", str(site.max_failures), "--exclude-hours", f"{site.exclude_hours:g}"]
+    words += [] if site.check else ["--no-check"]
     words += ["--interface", site.interface] if site.interface else []
     words += ["--no-requeue"] if is_chained or not site.requeue else []
     words += [f"--step-option={each}" for each in _container_options(work, site)]

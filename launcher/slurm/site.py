@@ -68,6 +68,8 @@ class Site(_Section):
     """Whether jobs may be requeued; where not, use --chain."""
     max_failures: int = Field(3, ge=1)
     """Failures in a row without a newer checkpoint after which a job stops for good."""
+    check: bool = True
+    """Whether the nodes are measured before the ranks start."""
     exclude_hours: float = Field(24.0, ge=0)
     """How long a node that failed its check is kept out of later jobs of this run."""
     container: Container = Container()

@@ -10,7 +10,6 @@ What ends without a word (power loss, a killed job) has a beginning and no end.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.attempts import read_table
+from launcher.publishing import publish
 from launcher.watching import precedence
 
 Outcome = Literal["done", "stopped", "failed"]
@@ -150,9 +150,4 @@ def _failure(table: Mapping[str, Any] | None) -> RankFailure | None:
 
 
 def _write(path: Path, table: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(table, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    publish(path, json.dumps(table, indent=1) + "\n")

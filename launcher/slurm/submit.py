@@ -18,6 +18,8 @@ from typing import Any
 
 from launcher import planning
 from launcher.attempts import heartbeat, is_running, read_table
+from launcher.preflight.exclusions import excluded
+from launcher.publishing import publish
 from launcher.slurm import controller, freeze, script
 from launcher.slurm.check import check_shape
 from launcher.slurm.controller import ControllerSilent, Job
@@ -53,6 +55,7 @@ class Wanted:
     constraint: str = ""
     image: str = ""
     """Container image instead of the site's."""
+    spares: int = 0
     chain: int = 1
     """Jobs that follow one another; more than 1 where jobs may not be requeued."""
     has_live_code: bool = False
@@ -84,6 +87,7 @@ def prepare(wanted: Wanted, site: Site) -> tuple[config.Config, Shape, Site]:
     site = _typed_over(site, wanted)
     run = _resolved(wanted)
     shape = check_shape(_shape(wanted, site), site)
+    shape = replace(shape, exclude=[each.node for each in excluded(run.run.folder, time.time(), site.exclude_hours)])
     plan = planning.plan_of(run, planning.data_size(run, must_exist=True), shape.ranks)
     require_little_waste(plan.rows, run.plan.max_waste)
     _require_idle(run.run.folder)
@@ -112,8 +116,8 @@ def submit(run: config.Config, shape: Shape, site: Site, wanted: Wanted) -> Subm
     token = secrets.token_hex(8)
     text = render(run, shape, site, wanted, code, token)
     facts = Submission(number, token, time.time(), asdict(shape), wanted.chain, list(wanted.accepted), str(code))
-    _write(_path(folder, number, "json"), json.dumps(asdict(facts), indent=1))
-    _write(_path(folder, number, "sbatch"), text)
+    publish(_path(folder, number, "json"), json.dumps(asdict(facts), indent=1))
+    publish(_path(folder, number, "sbatch"), text)
     jobs: list[str] = []
     for _ in range(wanted.chain):
         jobs.append(_queue(text, facts, jobs))
@@ -178,6 +182,7 @@ def _shape(wanted: Wanted, site: Site) -> Shape:
         account=wanted.account or site.account,
         qos=wanted.qos or site.qos,
         constraint=wanted.constraint or site.constraint,
+        spares=wanted.spares,
         options=tuple(wanted.options),
     )
 
@@ -196,7 +201,7 @@ def _require_idle(folder: Path) -> None:
 def _write_run(run: config.Config, folder: Path) -> None:
     try:
         (folder / "slurm" / "submissions").mkdir(parents=True, exist_ok=True)
-        _write(folder / "config.json", run.to_json())
+        publish(folder / "config.json", run.to_json())
     except OSError as error:
         raise UserError(f"{folder}: cannot write the run folder: {error.strerror}; choose another run.dir") from None
 
@@ -245,15 +250,9 @@ def _look_for(facts: Submission) -> list[str]:
 
 
 def _complete(folder: Path, facts: Submission) -> Submission:
-    _write(_path(folder, facts.number, "json"), json.dumps(asdict(facts), indent=1))
+    publish(_path(folder, facts.number, "json"), json.dumps(asdict(facts), indent=1))
     return facts
 
 
 def _path(folder: Path, number: int, kind: str) -> Path:
     return folder / "slurm" / "submissions" / f"{number:04d}.{kind}"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

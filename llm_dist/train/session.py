@@ -16,9 +16,9 @@ from llm_dist.checkpoint.store import Store
 from llm_dist.data.trace import trace
 from llm_dist.errors import Exit, UserError
 from llm_dist.evaluate import Evaluation, EvaluationStopped, evaluate
+from llm_dist.fingerprint import code_fingerprint
 from llm_dist.metrics import Metrics
 from llm_dist.rows import Rows
-from llm_dist.runtime import code_fingerprint
 from llm_dist.train.account import Account
 from llm_dist.train.build import Parts
 from llm_dist.train.guard import Numbers, ReplicasDiffer, SkippedSteps, differing_replica, judge

@@ -30,7 +30,9 @@ def test_a_script_says_all_that_was_asked_for_and_ends_as_the_supervisor() -> No
         *("--exclude=node7", "--comment=llm_dist:abc", "--output=/shared/runs/a/slurm/job_%j.log"),
     }
     assert "module load cuda/12.6" in lines and "export NCCL_DEBUG='WARN it'" in lines
-    assert lines[-1].startswith("exec /venv/bin/python -m launcher.slurm.supervise /shared/runs/a --ranks-per-node 8")
+    assert lines[-1].startswith(
+        "exec /venv/bin/python -m launcher.slurm.supervise /shared/runs/a --nodes 16 --ranks-per-node 8"
+    )
     assert lines[-1].endswith("--interface ib0 --accept optim.lr")
 
 
