@@ -129,7 +129,7 @@ def _too_little(facts: Sequence[NodeFacts], limits: Limits) -> Iterator[Fault]:
 
 
 def _gpu_counts(facts: Sequence[NodeFacts], limits: Limits) -> Iterator[Fault]:
-    counts = {each.node: _num_gpus(each) for each in facts}
+    counts = {each.node: _num_gpus(each) for each in facts if each.devices}  # where none: a fault already
     if limits.gpus is None:
         yield from _outvoted("numbers of GPUs", {node: str(count) for node, count in counts.items()})
         return

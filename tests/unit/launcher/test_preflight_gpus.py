@@ -1,4 +1,4 @@
-"""What nvidia-smi prints, as recorded in its forms: healthy, without ECC, ill, and silent."""
+"""What nvidia-smi may print: healthy, without ECC, ill, and silent."""
 
 import stat
 import time

@@ -138,6 +138,13 @@ def test_what_a_node_lacks_by_itself_blames_it_also_of_two(changed):
     assert only(job(1, a=changed)).blamed
 
 
+@pytest.mark.parametrize("limits", [Limits(), Limits(gpus=1)])
+def test_a_node_whose_gpus_could_not_be_measured_has_one_fault(limits):
+    broken = {"problems": ("torch measured no matmul: CUDA error",), "versions": {"python": "3.11.7"}, "devices": ()}
+    fault = only(job(2, a={"devices": (H100,)}, b=broken), limits)
+    assert (fault.nodes, fault.blamed) == (("b",), True)
+
+
 @pytest.mark.parametrize("changed", OWN)
 def test_what_all_nodes_lack_is_no_nodes_fault(changed):
     fault = only(job(3, a=changed, b=changed, c=changed))
