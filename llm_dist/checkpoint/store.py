@@ -11,7 +11,7 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -70,6 +70,10 @@ class Store:
             Superseded: a newer attempt has been faster.
         """
         commit.take_over(self.folder, self.attempt)
+
+    def reserve(self, state: Mapping[str, Partition]) -> None:
+        """Take the host memory of asynchronous saves now: the first of them then stalls no longer than the others."""
+        self._reserve([_share(key, partition).values for key, partition in state.items()])
 
     def save(self, step: int, state: Mapping[str, Partition], facts: Facts, asynchronous: bool = False) -> Saved:
         """Write a checkpoint of `step`; all ranks call this with the same step, each with its own partitions.
@@ -149,18 +153,25 @@ class Store:
 
     def _staged(self, shares: Mapping[str, Partition]) -> dict[str, Source]:
         """Sources in one host buffer, kept for the next save: its size bounds the host memory taken."""
-        num_elements = sum(share.values.numel() for share in shares.values())
-        on_device = any(share.values.is_cuda for share in shares.values())
-        if self._host is None or self._host.numel() < num_elements:
-            self._host = torch.empty(num_elements, dtype=torch.float32, pin_memory=on_device)
+        host = self._reserve([share.values for share in shares.values()])
+        on_device = host.is_pinned()
         sources, end = {}, 0
         for key, share in shares.items():
             begin, end = end, end + share.values.numel()
-            staged = self._host[begin:end].copy_(share.values.detach(), non_blocking=on_device)
+            staged = host[begin:end].copy_(share.values.detach(), non_blocking=on_device)
             sources[key] = _source(Partition(staged, share.start, share.shape))
         if on_device:
             torch.cuda.synchronize()
         return sources
+
+    def _reserve(self, shares: Sequence[Tensor]) -> Tensor:
+        num_elements = sum(values.numel() for values in shares)
+        if self._host is None or self._host.numel() < num_elements:
+            self._host = None  # before there is another one
+            on_device = any(values.is_cuda for values in shares)
+            self._host = torch.empty(num_elements, dtype=torch.float32, pin_memory=on_device)
+            self._host.zero_()  # a page is taken when it is written first
+        return self._host
 
     def _write(self, step: int, save: int, sources: Mapping[str, Source], facts: Facts) -> None:
         """The thread: write this rank's files, then wait for the others and publish (rank 0) or see it published."""

@@ -103,6 +103,8 @@ def _attempt(
     store.sweep()
     with watch.phase("restore"):
         account = restore(parts, store, here, lambda line: say(line, here.is_first))
+        if run.checkpoint.asynchronous:
+            store.reserve(parts.engine.state())
     watch.step = account.step
     _leave_if_asked(here, stop)
     session = Session(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +32,16 @@ HOPS = [
 ]
 TRAINED_HOPS = 4
 
+MATRIX = [(ranks, name) for ranks in (1, 2, 4) for name in ENGINES if name != "hybrid" or ranks == 4]
+CONTINUED = (1, 7, 13)
+"""Of the layouts of the matrix, how far behind itself are those from whose checkpoint each one trains on."""
+UNEVEN = (
+    *("model.vocabulary_multiple=1", "model.tied_head=true", "model.qk_norm=true"),
+    *("model.layers=1", "model.d_model=20", "model.heads=2", "model.kv_heads=1", "model.d_ff=27"),
+    micro_batch(training.ROWS),
+)
+"""Hardly anything here can be divided by two, let alone by four."""
+
 
 class Hop(NamedTuple):
     """What an engine found in a checkpoint and what it made of it."""
@@ -48,11 +58,16 @@ def save(engine: Engine, here: Runtime, folder: Path, step: int) -> None:
 
 
 def load(run: Config, here: Runtime, folder: Path) -> Engine:
-    engine, found = training.engine_of(run, here), layout.latest(folder)
+    engine = training.engine_of(run, here)
+    read(engine, here, folder)
+    return engine
+
+
+def read(engine: Engine, here: Runtime, folder: Path) -> None:
+    found = layout.latest(folder)
     assert found is not None
     manifest = Store(folder, here.rank, here.ranks, attempt=2).restore(found, engine.state())
     engine.state_was_written(manifest.optimizer_step)
-    return engine
 
 
 def stopped_and_resumed(here: Runtime, folder: Path, *overrides: str) -> list[tuple[Trajectory, Arrays]]:
@@ -123,3 +138,61 @@ def test_state_passes_through_engines_and_worlds_unchanged(group_of: Group, tmp_
         assert hop.loss == pytest.approx(first.loss, abs=exact), where
         if steps:
             assert hop.passed.losses == pytest.approx(first.passed.losses, abs=drift), where
+
+
+def first_of_pair(here: Runtime, folder: Path, *overrides: str) -> Trajectory:
+    """Train, save, write down beside it what was saved, and go on: the losses a reader has to meet."""
+    run = training.run_file(*UNEVEN, *overrides)
+    engine = training.engine_of(run, here)
+    training.train(engine, run, here, range(3))
+    state = training.whole_state(engine, here)
+    if here.is_first:
+        np.savez(folder.with_suffix(".npz"), **state)
+    save(engine, here, folder, step=3)
+    uninterrupted = training.train(engine, run, here, range(3, 23))
+    engine.close()
+    return uninterrupted
+
+
+def second_of_pairs(
+    here: Runtime, folders: Sequence[Path], continued: Sequence[int], *overrides: str
+) -> tuple[list[list[str]], list[Trajectory]]:
+    """One engine reads each checkpoint in turn: which tensors differ, and what follows on the `continued` ones."""
+    run = training.run_file(*UNEVEN, *overrides)
+    engine = training.engine_of(run, here)
+    differing, passed = [], {}
+    for number, folder in enumerate(folders):
+        read(engine, here, folder)
+        found, saved = training.whole_state(engine, here), np.load(folder.with_suffix(".npz"))
+        assert found.keys() == set(saved.files)
+        differing.append([key for key in found if found[key].tobytes() != saved[key].tobytes()])
+        assert engine.optimizer_steps == 3
+        if number in continued:
+            passed[number] = training.train(engine, run, here, range(3, 23))
+    engine.close()
+    return differing, [passed[number] for number in continued]
+
+
+@pytest.fixture(scope="module")
+def written(group_of: Group, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Trajectory]:
+    """A checkpoint by each layout of the matrix, each of a state of its own, and how its run went on."""
+    folder = tmp_path_factory.mktemp("matrix")
+    runs = {}
+    for seed, (ranks, name) in enumerate(MATRIX):
+        path = folder / f"{name}_{ranks}"
+        runs[path] = group_of(ranks).run(first_of_pair, path, f"run.seed={seed}", *ENGINES[name])[0]
+    return runs
+
+
+@pytest.mark.parametrize(("ranks", "name"), MATRIX)
+def test_any_layout_goes_on_from_the_checkpoint_of_any_other(
+    group_of: Group, written: dict[Path, Trajectory], ranks: int, name: str
+) -> None:
+    own, folders = MATRIX.index((ranks, name)), list(written)
+    continued = [(own - behind) % len(MATRIX) for behind in CONTINUED]
+    differing, passed = group_of(ranks).run(second_of_pairs, folders, continued, *ENGINES[name])[0]
+
+    assert {folder.name: keys for folder, keys in zip(folders, differing, strict=True) if keys} == {}
+    for number, resumed in zip(continued, passed, strict=True):
+        uninterrupted = written[folders[number]]
+        assert resumed.losses == pytest.approx(uninterrupted.losses, abs=1e-5), folders[number].name

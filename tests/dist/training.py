@@ -113,18 +113,18 @@ def train(engine: Engine, run: config.Config, here: Runtime, steps: range) -> Tr
 
 
 def whole_state(engine: Engine, here: Runtime) -> Arrays:
-    """Every state tensor, gathered; replicas of a partition must be equal. Collective."""
+    """Every state tensor, gathered bit for bit; replicas of a partition must be equal. Collective."""
     state = engine.state()
     sizes = [int(np.prod(part.shape)) for part in state.values()]
-    copies = torch.zeros(2, sum(sizes))
+    copies = torch.zeros(2, sum(sizes), dtype=torch.int32)  # a sum of floats would make 0.0 of -0.0
     for part, end in zip(state.values(), np.cumsum(sizes).tolist(), strict=True):
         first = end - int(np.prod(part.shape)) + part.start
         for copy, replica in enumerate((0, part.num_replicas - 1)):
             if part.replica == replica:
-                copies[copy, first : first + part.values.numel()] = part.values.cpu()
+                copies[copy, first : first + part.values.numel()] = part.values.cpu().view(torch.int32)
     first_copies, last_copies = here.sum(copies)
     assert torch.equal(first_copies, last_copies), "replicas of the state differ"
     return {
-        key: whole.view(part.shape).numpy().copy()
+        key: whole.view(torch.float32).view(part.shape).numpy().copy()
         for (key, part), whole in zip(state.items(), first_copies.split(sizes), strict=True)
     }

@@ -257,6 +257,36 @@ def test_training_goes_on_while_it_is_written_and_the_next_save_waits(
     assert [each.step for each in layout.list_complete(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("is_reserved", [False, True])
+def test_a_second_asynchronous_save_waits_and_takes_the_memory_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_reserved: bool
+) -> None:
+    """One buffer: did the second not wait, the first checkpoint would hold its values."""
+    second_begins, addresses = threading.Event(), []
+
+    def late(folder: Path, rank: int, sources: dict[str, pieces.Source], *rest: object) -> pieces.Table:
+        second_begins.wait(20)
+        addresses.append([source.load().ctypes.data for source in sources.values()])
+        return pieces.write_data(folder, rank, sources, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "write_data", late)
+    one, partitions = Store(tmp_path, 0, 1, 1), evenly(STATE, 1)[0]
+    if is_reserved:
+        one.reserve(partitions)
+    one.save(1, partitions, FACTS, asynchronous=True)
+    later = {key: value + 1 for key, value in STATE.items()}
+    wait = one.wait
+    monkeypatch.setattr(one, "wait", lambda: second_begins.set() or wait())
+    one.save(2, evenly(later, 1)[0], FACTS, asynchronous=True)
+    one.wait()
+
+    for step, state in ((1, STATE), (2, later)):
+        world = emptied(evenly(STATE, 1))
+        restore(Found(step, tmp_path / layout.checkpoint_name(step)), world)
+        assert_holds(world, state)
+    assert addresses[0] == addresses[1]
+
+
 def test_a_failed_asynchronous_save_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, partitions = Store(tmp_path, 0, 1, 1), evenly(STATE, 1)[0]
     with monkeypatch.context() as broken:
