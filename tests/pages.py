@@ -19,6 +19,7 @@ PAGES = [
             "engines",
             "checkpoints",
             "launching",
+            "slurm",
             "preflight",
             "evaluation-and-exchange",
             "design",

@@ -110,3 +110,14 @@ def interface_to(address: str) -> str | None:
 def meeting_port(job: str, start: int) -> int:
     """A free port of this machine that the starts of other jobs are unlikely to take."""
     return ports.choose_port(int("".join(filter(str.isdigit, job)) or 0) * 97 + start * 13)
+
+
+def array_task() -> int:
+    """Number of this task of an array job.
+
+    Raises:
+        UserError: this is none.
+    """
+    if (number := os.environ.get("SLURM_ARRAY_TASK_ID")) is None:
+        raise UserError("SLURM_ARRAY_TASK_ID is not set: this is started as a task of an array job, by nobody else")
+    return int(number)

@@ -186,6 +186,51 @@ def list_runs(
     raise typer.Exit(exit_code_of(action))
 
 
+def tokenize_at_scale(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, globs.")],
+    *,
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder.")],
+    out: Annotated[Path, typer.Option(help="Task 7 makes OUT/part_0007.")],
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks of the array; at most one per file.")],
+    cpus: Annotated[int, typer.Option(min=1, help="Cores of a task.")] = 4,
+    time: Annotated[str, typer.Option(help="Time limit of a task.")] = "60",
+    at_once: Annotated[int | None, typer.Option(min=1, help="Most tasks that may run at the same time.")] = None,
+    holdout: Annotated[float, typer.Option(help="Share of the text held out for evaluation.")] = 0.01,
+    split: Annotated[str, typer.Option(help="What a document is in .txt: file, blank-line or line.")] = "file",
+    on_bad: Annotated[str, typer.Option(help="At a broken record: stop, or skip and count it.")] = "stop",
+    seed: int = 0,
+    partition: str = "",
+    account: str = "",
+    site: SiteFile = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Tokenize many files with an array job; submitted again, only what is missing is done."""
+
+    def action() -> int:
+        from launcher.slurm import data_job, script
+        from launcher.slurm import site as sites
+        from launcher.slurm.freeze import PACKAGES
+
+        wanted = data_job.Wanted(
+            *(inputs, tokenizer, out, tasks, cpus, script.minutes_of(time), holdout, split, on_bad, seed),
+            partition=partition,
+            account=account,
+            most_at_once=at_once,
+        )
+        profile = sites.load(site)
+        plan = data_job.prepare(wanted, profile, PACKAGES)
+        if not plan.missing:
+            print(f"{out}: all {plan.tasks} tasks are finished")
+        elif dry_run:
+            print(plan.script, end="")
+        else:
+            job = data_job.submit(plan, wanted, profile)
+            print(f"{out}: job {job}, {len(plan.missing)} of {plan.tasks} tasks; logs in {out}/logs")
+        return Exit.DONE
+
+    raise typer.Exit(exit_code_of(action))
+
+
 def add_to(app: typer.Typer, examples: Any) -> None:
     """Register the commands; `examples` makes an epilog of lines."""
     app.command(
@@ -202,4 +247,10 @@ def add_to(app: typer.Typer, examples: Any) -> None:
     app.command(
         epilog=examples("llm-launch logs -f", "llm-launch logs runs/7b --rank 3 -n 100", "llm-launch logs --job")
     )(logs)
+    data = typer.Typer(help="Data jobs on many nodes.", no_args_is_help=True, rich_markup_mode=None)
+    many = (
+        "llm-launch slurm-data tokenize corpus/ --tokenizer tokenizer --out shards --tasks 64 --cpus 16"
+    )
+    data.command("tokenize", epilog=examples(many))(tokenize_at_scale)
+    app.add_typer(data, name="slurm-data")
     app.command("list", epilog=examples("llm-launch list", "llm-launch list /shared/runs --json"))(list_runs)
