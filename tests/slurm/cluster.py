@@ -27,7 +27,7 @@ import psutil
 from tests.slurm import settings
 from tests.slurm.accounting import start_accounting
 from tests.slurm.daemons import PATH, CommandFailed, Daemon, last_lines, run, succeeds, wait_until
-from tests.slurm.network import Network
+from tests.slurm.network import Network, link_name
 from tests.slurm.node import Node
 from tests.slurm.settings import Place, Shape
 
@@ -51,6 +51,7 @@ class Cluster:
         """Under which commands find this cluster."""
         self.nodes: list[Node] = []
         self._controller: Daemon | None = None
+        self._link = ""
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
@@ -66,8 +67,7 @@ class Cluster:
             try:
                 self._start(undo)
             except (CommandFailed, TimeoutError) as failed:
-                logs = sorted((self.folder / "log").iterdir())
-                raise CommandFailed(f"the cluster did not start: {failed}\n{last_lines(*logs)}") from failed
+                raise CommandFailed(f"the cluster did not start: {failed}\n{self.last_words()}") from failed
             self._undo = undo.pop_all()
 
     def down(self) -> None:
@@ -81,8 +81,12 @@ class Cluster:
             for process in psutil.process_iter(["environ", "cmdline"])
             if (process.info["environ"] or {}).get("SLURM_CONF") == self.environment["SLURM_CONF"]
         ]
-        links = [f"link {self._network.link}"] if self._network.link_exists() else []
-        return alive + links + [str(self.folder)] * self.folder.exists()
+        links = [f"link {name}" for _, name in socket.if_nameindex() if name == self._link]
+        return alive + links + [str(path) for path in [self.folder] if path.exists()]
+
+    def last_words(self) -> str:
+        """The last lines of all logs."""
+        return last_lines(*sorted((self.folder / "log").iterdir()))
 
     def run(self, *words: str, seconds: float = 60) -> str:
         """What a command of Slurm, or any other, prints on the head."""
@@ -144,17 +148,20 @@ class Cluster:
         undo.callback(shutil.rmtree, self.folder)
         for name in ("controller", "dev", "log", "munge", "nodes", "run", "spool"):
             (self.folder / name).mkdir(mode=0o755)
-        self._network = Network(self.folder, self.environment, undo)
-        place = Place(self.folder, socket.gethostname().split(".")[0], self._network.number)
+        network = Network(self.folder, self.environment, undo)
+        self._link = link_name(network.number)
+        place = Place(self.folder, socket.gethostname().split(".")[0], network.number)
         self._configure(place)
         self._start_munged(place, undo)
         if self.shape.accounting:
             start_accounting(place, self.environment, undo)
         undo.callback(self.kill_controller)
         self.start_controller()
-        for last, name in enumerate(self.shape.node_names, 1):
-            node = Node(name, place.address(last), self.folder, self.environment, self._network)
-            self.nodes.append(node)
+        self.nodes = [
+            Node(name, place.address(last), self.folder, self.environment, network)
+            for last, name in enumerate(self.shape.node_names, 1)
+        ]
+        for node in self.nodes:
             undo.callback(node.power_off)
             node.power_on()
         wait_until(self._all_nodes_are_idle, 30, "all nodes are idle")

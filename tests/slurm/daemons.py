@@ -23,8 +23,8 @@ class CommandFailed(Exception):
 class Daemon:
     """A program in a process namespace of its own: with it the kernel ends all that it started, whatever that did.
 
-    `setup` is shell that runs in the namespaces before the program does. Should this process be killed, the kernel ends
-    the daemon too.
+    `setup` is shell that runs in the namespaces before the program does. When the thread that made the daemon ends, as
+    it does when this process is killed, the kernel ends the daemon too.
     """
 
     def __init__(

@@ -10,6 +10,11 @@ from pathlib import Path
 from tests.slurm.daemons import CommandFailed, Daemon, run
 
 
+def link_name(number: int) -> str:
+    """This machine's end of its link to a cluster."""
+    return f"slurm{number}"
+
+
 class Network:
     """All links end in the switch, and the kernel removes them with it. `undo` is where their end is kept."""
 
@@ -25,11 +30,6 @@ class Network:
         undo.callback(self._switch.stop, signal.SIGKILL)
         self.number = self._link_to_this_machine(undo)
         """From 1 to 254; no other cluster alive has it."""
-
-    @property
-    def link(self) -> str:
-        """This machine's end."""
-        return f"slurm{self.number}"
 
     def plug(self, name: str, pid: int, address: str) -> None:
         """Give the network namespace of a process its `eth0`."""
@@ -47,13 +47,10 @@ class Network:
     def heal(self, name: str) -> None:
         self._at_switch("link", "set", name, "up")
 
-    def link_exists(self) -> bool:
-        return (Path("/sys/class/net") / self.link).exists()
-
     def _link_to_this_machine(self, undo: ExitStack) -> int:
         """Whoever can add the link has its number."""
         for number in range(1, 255):
-            link, address = f"slurm{number}", f"198.18.{number}.254/24"
+            link, address = link_name(number), f"198.18.{number}.254/24"
             peer = ["type", "veth", "peer", "name", "uplink", "netns", str(self._switch.pid)]
             try:
                 run(["ip", "link", "add", link, *peer], self._environment)

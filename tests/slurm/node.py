@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ class Process:
 
     pid: int
     """As the machine that runs the tests counts: for os.kill."""
-    name: str
     command: str
 
 
@@ -86,11 +84,13 @@ class Node:
         """What jobs started and did not end, Slurm's own slurmstepd among it. Nothing where the power is off."""
         if self._machine is None:
             return []
-        space = Path(f"/proc/{self._machine.pid}/ns/pid").stat().st_ino
-        listed = subprocess.check_output(["ps", "-e", "-o", "pid=,pidns=,comm=,args="], text=True)
-        rows = [line.split(maxsplit=3) for line in listed.splitlines()]
-        there = [Process(int(pid), name, *command) for pid, spaces, name, *command in rows if spaces == str(space)]
-        return [process for process in there if process.pid != self._machine.pid and process.name != "slurmd"]
+        space = str(Path(f"/proc/{self._machine.pid}/ns/pid").stat().st_ino)
+        listed = run(["ps", "-e", "-o", "pid=,pidns=,args="], self._environment)
+        rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+        there = [
+            Process(int(pid), command) for pid, of, command in rows if of == space and int(pid) != self._machine.pid
+        ]
+        return [process for process in there if not process.command.startswith("slurmd ")]
 
     @property
     def _on(self) -> Daemon:
