@@ -35,6 +35,17 @@ NULL_DEVICE = os.makedev(1, 3)
 FIELD = re.compile(r"(?:^| )([A-Z][\w:/]*)=")
 
 
+def leftovers(folder: Path, link: str) -> list[str]:
+    """What there is of a cluster on this machine."""
+    environments = [(process, process.info["environ"] or {}) for process in psutil.process_iter(["environ", "cmdline"])]
+    processes = [process for process, has in environments if has.get("SLURM_CONF") == f"{folder}/slurm.conf"]
+    return [
+        *(f"process {process.pid}: {process.info['cmdline']}" for process in processes),
+        *(f"link {name}" for _, name in socket.if_nameindex() if name == link),
+        *(str(path) for path in [folder] if path.exists()),
+    ]
+
+
 class Cluster:
     """Alive in its `with` block, or from `up` to `down`."""
 
@@ -49,9 +60,10 @@ class Cluster:
             "SLURM_CONF": str(self.folder / "slurm.conf"),
         }
         """Under which commands find this cluster."""
+        self.link = ""
+        """The one network link that it has on this machine."""
         self.nodes: list[Node] = []
         self._controller: Daemon | None = None
-        self._link = ""
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
@@ -76,13 +88,7 @@ class Cluster:
 
     def leftovers(self) -> list[str]:
         """What of it is still on this machine."""
-        alive = [
-            f"process {process.pid}: {' '.join(process.info['cmdline'] or [])}"
-            for process in psutil.process_iter(["environ", "cmdline"])
-            if (process.info["environ"] or {}).get("SLURM_CONF") == self.environment["SLURM_CONF"]
-        ]
-        links = [f"link {name}" for _, name in socket.if_nameindex() if name == self._link]
-        return alive + links + [str(path) for path in [self.folder] if path.exists()]
+        return leftovers(self.folder, self.link)
 
     def last_words(self) -> str:
         """The last lines of all logs."""
@@ -126,8 +132,12 @@ class Cluster:
         self._controller = Daemon(["slurmctld", "-D"], self.folder / "log" / "slurmctld.out", self.environment)
         self._controller.wait_until(lambda: succeeds(["scontrol", "ping"], self.environment), 20, "slurmctld answers")
 
+    def stop_controller(self) -> None:
+        """It writes down what it knows first."""
+        self._running_controller.stop(signal.SIGTERM)
+
     def kill_controller(self) -> None:
-        """Or find it dead."""
+        """Or find it dead. It forgets what happened in the last seconds."""
         if self._controller is not None:
             self._controller.stop(signal.SIGKILL)
 
@@ -149,7 +159,7 @@ class Cluster:
         for name in ("controller", "dev", "log", "munge", "nodes", "run", "spool"):
             (self.folder / name).mkdir(mode=0o755)
         network = Network(self.folder, self.environment, undo)
-        self._link = link_name(network.number)
+        self.link = link_name(network.number)
         place = Place(self.folder, socket.gethostname().split(".")[0], network.number)
         self._configure(place)
         self._start_munged(place, undo)

@@ -37,26 +37,29 @@ class Daemon:
         setup: str = "",
     ) -> None:
         self._log = log
-        script = f'{setup}\necho started\nexec "$@" >>"$0" 2>&1'
+        script = f'{setup}\necho ready\nread -r go\nexec "$@" </dev/null >>"$0" 2>&1'
         apart = ["unshare", "--pid", "--fork", "--kill-child", *spaces]
         command = ["setpriv", "--pdeathsig", "KILL", *apart, "--", "sh", "-ec", script, str(log), *words]
         with log.open("a") as stderr:
             self._outside = subprocess.Popen(
                 command,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 start_new_session=True,
                 cwd=log.parent,
             )
-        assert self._outside.stdout
-        with self._outside.stdout as said:
-            if said.readline() != b"started\n":
-                raise CommandFailed(f"{words[0]} did not start\n{last_lines(log)}")
-        [inside] = psutil.Process(self._outside.pid).children()
-        self.pid: int = inside.pid
-        """As this machine counts. It is not given to another process before `stop` is done."""
+        assert self._outside.stdin and self._outside.stdout
+        with self._outside.stdin as order, self._outside.stdout as answer:
+            if answer.readline() != b"ready\n":
+                self._outside.kill()
+                self._outside.wait()
+                raise CommandFailed(f"no room for {words[0]}\n{last_lines(log)}")
+            [inside] = psutil.Process(self._outside.pid).children()
+            self.pid: int = inside.pid
+            """As this machine counts. It is not given to another process before `stop` is done."""
+            order.write(b"go\n")
 
     def is_alive(self) -> bool:
         return self._outside.poll() is None

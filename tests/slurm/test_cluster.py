@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,19 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, leftovers
 from tests.slurm.daemons import CommandFailed, wait_until
 from tests.slurm.settings import Shape
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slurm
 
 OWNER = """
-import sys, time
+import time
 from tests.slurm.cluster import Cluster
 cluster = Cluster()
 cluster.up()
-print(cluster.folder, flush=True)
-cluster.run("srun", "sleep", "1000", seconds=1000)
+job = cluster.run("sbatch", "--parsable", "--output=/dev/null", "-N3", "--wrap", "srun sleep 1000")
+cluster.wait_for_state(job, "RUNNING", 10)
+print(cluster.folder, cluster.link, flush=True)
+time.sleep(1000)
 """
 
 
@@ -71,7 +74,7 @@ def test_a_job_outlives_slurmd_and_a_controller_that_comes_back(cluster: Cluster
     node.kill_slurmd()
     assert not reaches(cluster, "node2", "node1")
     node.start_slurmd()
-    cluster.kill_controller()
+    cluster.stop_controller()
     cluster.start_controller()
     cluster.pause_controller()
     with pytest.raises(subprocess.TimeoutExpired):
@@ -84,7 +87,8 @@ def test_a_job_outlives_slurmd_and_a_controller_that_comes_back(cluster: Cluster
     wait_until(lambda: not node.processes(), 10, "nothing of the job is left")
 
 
-def test_a_job_moves_away_from_a_node_without_power(cluster: Cluster) -> None:
+def test_a_job_moves_away_from_a_node_without_power(start_cluster: Callable[[Shape], Cluster]) -> None:
+    cluster = start_cluster(Shape(extra="SlurmdTimeout=5"))
     job = submit(cluster, "sleep 1000", "--requeue", "-N2")
     cluster.wait_for_state(job, "RUNNING", 10)
     node = cluster.node("node2")
@@ -126,8 +130,9 @@ def test_a_cluster_that_cannot_start_says_why_and_leaves_nothing() -> None:
 
 
 def test_a_cluster_ends_when_its_owner_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True) as owner:
+    with subprocess.Popen([sys.executable, "-c", OWNER], cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout
-        orphan = Cluster()
-        orphan.folder = Path(owner.stdout.readline().strip())
-        os.kill(owner.pid, signal.SIGKILL)
+        folder, link = owner.stdout.readline().split()
+        owner.kill()
+    wait_until(lambda: leftovers(Path(folder), link) == [folder], 10, "nothing but files is left")
+    shutil.rmtree(folder)
