@@ -125,8 +125,11 @@ class Cluster:
         return seen
 
     def skip_requeue_delay(self, job: str | int) -> None:
-        """Of a pending job: Slurm starts no requeued one for two minutes."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """Of a pending job: Slurm starts no requeued one for two minutes.
+
+        Not at once: slurmd refuses one that starts within the second of its own end, and the job is lost as FAILED.
+        """
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     def start_controller(self) -> None:
         self._controller = Daemon(["slurmctld", "-D"], self.folder / "log" / "slurmctld.out", self.environment)

@@ -16,6 +16,7 @@ from tests.slurm.daemons import PATH
 from tests.slurm.settings import Shape
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "ip", "unshare", "nsenter", "setpriv", "ps")
+_ALIVE: list[Cluster] = []
 
 
 @functools.cache
@@ -36,12 +37,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """What the daemons said stands below a failure."""
     report = yield
     if report.failed:
-        clusters = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Cluster)]
-        report.sections += [("logs of the cluster", cluster.last_words()) for cluster in clusters]
+        report.sections += [("logs of the cluster", cluster.last_words()) for cluster in _ALIVE]
     return report
 
 
@@ -49,7 +49,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def start_cluster() -> Iterator[Callable[[Shape], Cluster]]:
     """`start_cluster(Shape(nodes=16, cpus=8, gpus=8))`: it ends with the module."""
     with ExitStack() as stack:
-        yield lambda shape: stack.enter_context(Cluster(shape))
+
+        def start(shape: Shape) -> Cluster:
+            cluster = stack.enter_context(Cluster(shape))
+            stack.callback(_ALIVE.remove, cluster)
+            _ALIVE.append(cluster)
+            return cluster
+
+        yield start
 
 
 @pytest.fixture(scope="module")
