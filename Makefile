@@ -12,7 +12,7 @@ SOURCES := llm_dist launcher benchmarks tests docs
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-kill check bench peers test-gpu bench-gpu cuda
+.PHONY: help venv demo test test-kill test-slurm check bench peers test-gpu bench-gpu cuda
 
 help: ## list what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,10 +34,13 @@ demo: $(MADE) ## raw text to a trained, resumed, evaluated model on 2 ranks; TEX
 	.venv/bin/python -m launcher.demo $(if $(TEXT),--text "$(TEXT)")
 
 test: $(MADE) ## the CPU tests; ARGS="-k tokenizer" goes to pytest
-	.venv/bin/pytest -m "not gpu and not kill" $(ARGS)
+	.venv/bin/pytest -m "not gpu and not kill and not slurm" $(ARGS)
 
 test-kill: $(MADE) ## kill real runs at random and compare their ends; N=60 kills (24), SEED=7 (0)
 	KILLS=$(or $(N),24) KILL_SEED=$(or $(SEED),0) .venv/bin/pytest -s -q tests/kill $(ARGS)
+
+test-slurm: $(MADE) ## the tests on a real Slurm of many nodes; root, and what .ci/run installs
+	.venv/bin/pytest tests/slurm -m slurm $(ARGS)
 
 check: $(MADE) ## lint, format, types and the rules of the house
 	.venv/bin/ruff check $(SOURCES)

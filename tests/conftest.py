@@ -19,6 +19,7 @@ for name, value in {
 import pytest  # noqa: E402 (the environment comes before whatever pytest's plugins load)
 
 ROOT = Path(__file__).parents[1]
+NEEDED_IN_CI = {"data": "real data", "slurm": "a real Slurm"}
 
 
 @pytest.fixture
@@ -51,7 +52,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.skipped and item.get_closest_marker("data") and os.environ.get("CI") == "true":
+    needed = [what for marker, what in NEEDED_IN_CI.items() if item.get_closest_marker(marker)]
+    if report.skipped and needed and os.environ.get("CI") == "true":
         report.outcome = "failed"
-        report.longrepr = f"with CI=true a test of real data may not be skipped: {report.longrepr}"
+        report.longrepr = f"with CI=true a test of {needed[0]} may not be skipped: {report.longrepr}"
     return report

@@ -1,4 +1,4 @@
-"""A test of real data is skipped on a person's machine and may not be where CI=true."""
+"""A test of real data or a real Slurm is skipped on a person's machine and may not be where CI=true."""
 
 import os
 import shutil
@@ -15,6 +15,10 @@ import os, pytest
 def test_reads(data_folder):
     assert (data_folder("corpus") / "text.txt").read_text() == "a text"
 
+@pytest.mark.slurm
+def test_starts_a_cluster():
+    pytest.skip("no slurmctld")
+
 def test_is_skipped():
     pytest.skip("needs something else")
 
@@ -26,7 +30,7 @@ def test_runs_on_one_thread_and_offline():
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
     (tmp_path / "tests").mkdir()
-    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['data']\n")
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['data', 'slurm']\n")
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path / "tests")
     (tmp_path / "tests" / "test_it.py").write_text(TEST)
     return tmp_path
@@ -40,15 +44,15 @@ def run(suite: Path, **settings: str) -> str:
     ).stdout
 
 
-def test_missing_data_skips_and_says_what_to_set(suite: Path) -> None:
+def test_what_is_missing_skips_and_says_what_to_set(suite: Path) -> None:
     said = run(suite)
-    assert "1 passed, 2 skipped" in said
+    assert "1 passed, 3 skipped" in said
     assert "set LLM_DIST_DATA" in said
 
 
-def test_missing_data_fails_where_nothing_may_be_skipped(suite: Path) -> None:
+def test_what_is_missing_fails_where_nothing_may_be_skipped(suite: Path) -> None:
     said = run(suite, CI="true")
-    assert "1 failed, 1 passed, 1 skipped" in said
+    assert "2 failed, 1 passed, 1 skipped" in said
     assert "may not be skipped" in said
 
 
