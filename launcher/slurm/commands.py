@@ -248,9 +248,7 @@ def add_to(app: typer.Typer, examples: Any) -> None:
         epilog=examples("llm-launch logs -f", "llm-launch logs runs/7b --rank 3 -n 100", "llm-launch logs --job")
     )(logs)
     data = typer.Typer(help="Data jobs on many nodes.", no_args_is_help=True, rich_markup_mode=None)
-    many = (
-        "llm-launch slurm-data tokenize corpus/ --tokenizer tokenizer --out shards --tasks 64 --cpus 16"
-    )
+    many = "llm-launch slurm-data tokenize corpus/ --tokenizer tokenizer --out shards --tasks 64 --cpus 16"
     data.command("tokenize", epilog=examples(many))(tokenize_at_scale)
     app.add_typer(data, name="slurm-data")
     app.command("list", epilog=examples("llm-launch list", "llm-launch list /shared/runs --json"))(list_runs)

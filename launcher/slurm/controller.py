@@ -152,7 +152,7 @@ def _job(line: str) -> Job:
         number=number,
         name=name,
         state=state,
-        reason="" if reason == "None" else reason,
+        reason="" if reason == "None" else reason.strip("()").replace(" ", "_"),  # squeue and scontrol differ in this
         nodes=nodes,
         partition=partition,
         time_left=left if left[:1].isdigit() else "",

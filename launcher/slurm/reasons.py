@@ -53,7 +53,7 @@ _ENDED = {
 def in_words(job: Job) -> str:
     """State and reason of a job, for a person."""
     if job.is_waiting:
-        reason = job.reason.partition(",")[0].strip("()")
+        reason = job.reason.partition(",")[0]
         why = _WAITING.get(reason, reason)
         start = (
             f"; expected to start {job.starts_at.replace('T', ' ')}" if job.starts_at and reason in _EXPECTED else ""

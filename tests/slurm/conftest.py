@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.e2e.conftest import corpus, run_file, run_folder, shards, tokenizer, write_run_file  # noqa: F401
 from tests.slurm.cluster import Cluster
 from tests.slurm.daemons import PATH
 from tests.slurm.settings import Shape

@@ -74,11 +74,11 @@ class Node:
 
     def execute(self, *words: str, seconds: float = 60) -> str:
         """What a command prints there."""
-        return run(
-            ["nsenter", "-t", str(self._on.pid), "-n", "-u", "-m", "-p", "-i", "--", *words],
-            self._environment,
-            seconds=seconds,
-        )
+        return run(self.command(*words), self._environment, seconds=seconds)
+
+    def command(self, *words: str) -> list[str]:
+        """What runs a command there, typed on the head."""
+        return ["nsenter", "-t", str(self._on.pid), "-n", "-u", "-m", "-p", "-i", "--", *words]
 
     def processes(self) -> list[Process]:
         """What jobs started and did not end, Slurm's own slurmstepd among it. Nothing where the power is off."""
