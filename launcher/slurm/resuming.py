@@ -17,7 +17,7 @@ def release_held(run: Path) -> str | None:
     """Let the run's job go if it is held; its number."""
     for job in live_jobs(run):
         if held(job):
-            controller.ask("scontrol", "release", job.number)
+            controller.release(job.number)
             return job.number
     return None
 

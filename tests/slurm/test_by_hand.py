@@ -75,17 +75,9 @@ def test_torchrun_on_two_machines_gives_the_run_of_one_and_goes_on_with_fewer(
     torchrun = [
         *("env", f"PYTHONPATH={ROOT}", "GLOO_SOCKET_IFNAME=eth0", "OMP_NUM_THREADS=1"),
         *(str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "1"),
-        *(
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            f"{first.address}:29400",
-            "-m",
-            "llm_dist",
-            "train",
-            str(run_file),
-        ),
     ]
+    train = ["-m", "llm_dist", "train"]
+    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first.address}:29400"]
     words = [*torchrun, *meeting, *train, str(run_file)]
     nodes = [first, cluster.node("node2")]
     started = [subprocess.Popen(node.command(*words), env=cluster.environment, cwd=ROOT) for node in nodes]
