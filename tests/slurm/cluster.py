@@ -103,8 +103,8 @@ class Cluster:
         return found
 
     def job(self, job: str | int) -> dict[str, str]:
-        """All that the controller says of one job, by its own names: JobState, Reason, NodeList, Restarts, ..."""
-        line = self.run("scontrol", "show", "job", "-o", str(job))
+        """All that the controller says of one job or array task, by its names: JobState, Reason, NodeList, ..."""
+        [line] = self.run("scontrol", "show", "job", "-o", str(job)).splitlines()
         _, *pairs = FIELD.split(line)
         return dict(zip(pairs[::2], pairs[1::2], strict=True))
 
@@ -157,10 +157,10 @@ class Cluster:
         return self._controller
 
     def _start(self, undo: ExitStack) -> None:
-        self.folder.mkdir(mode=0o755)
         undo.callback(shutil.rmtree, self.folder)
-        for name in ("controller", "dev", "log", "munge", "nodes", "run", "spool"):
-            (self.folder / name).mkdir(mode=0o755)
+        for name in (".", "controller", "dev", "log", "munge", "nodes", "run", "spool"):
+            (self.folder / name).mkdir()
+            (self.folder / name).chmod(0o755)  # whatever the umask: munged wants all to reach its socket
         network = Network(self.folder, self.environment, undo)
         self.link = link_name(network.number)
         place = Place(self.folder, socket.gethostname().split(".")[0], network.number)
