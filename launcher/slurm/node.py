@@ -1,7 +1,9 @@
 """Starts the ranks of one node and sees them to their end; srun starts one of these on every node.
 
-It ends with 0 unless a rank failed: then with 1, and srun ends the other nodes' ranks, who wait for a dead one. How it
-went is written into the run folder, never to srun, which would pass on the first code that comes, and may be gone.
+It ends with 0 unless a rank failed: then with 1, and srun ends the other nodes' ranks, who wait for a dead one. Not so
+where a newer attempt has taken the run over: an srun that Slurm has lost sight of would end the step of that one, which
+goes by the same number. How it went is written into the run folder, never to srun, which would pass on the first code
+that comes, and may be gone.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def run_node(run: Path, number: int, attempt: int, world: World, place: Place, a
         failure = _failure(ending, place) if isinstance(ending, Failure) else None
         outcome: starts.Outcome = "failed" if failure else "stopped" if ending == Exit.STOPPED else "done"
         starts.write_node_end(run, number, NodeEnd(place.name, place.number, outcome, time.time(), failure))
-    return 1 if failure else 0
+    return 1 if failure and failure.code != Exit.SUPERSEDED else 0
 
 
 def _failure(ending: Failure, place: Place) -> RankFailure:

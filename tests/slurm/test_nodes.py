@@ -51,6 +51,7 @@ def test_a_spare_takes_the_place_of_a_node_whose_clock_is_wrong(submitted, late)
 def test_without_a_spare_the_job_is_queued_again_and_gets_other_nodes(submitted, late, cluster) -> None:
     submitted.submit(
         *WORDS,
+        "plan.max_waste=0.2",
         options=["--nodes", "3", "--ranks-per-node", "1", "--time", "10"],
     )
     submitted.wait_until((submitted.run / "slurm" / "excluded.json").exists, 60, "node2 is kept out")

@@ -45,7 +45,7 @@ def test_every_command_of_the_page_runs(cluster: Cluster, tmp_path: Path) -> Non
     for block in first[:PREPARED]:
         typed(block, cluster, tmp_path)
     mine = [block for block in blocks(ROOT / "docs" / "slurm.md") if "test_page.py" in (block.why_not_run or "")]
-    assert len(mine) == 4
+    assert len(mine) == 5
     said = [typed(block, cluster, tmp_path) for block in mine]
     assert "#SBATCH --nodes=2" in said[0] and "runs/first" in said[1]
     wait_until(lambda: no_jobs(cluster), 120, "all jobs have ended")
