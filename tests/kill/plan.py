@@ -43,7 +43,7 @@ KILLS = int(os.environ.get("KILLS", "24"))
 SEED = int(os.environ.get("KILL_SEED", "0"))
 KILLS_PER_RUN = 8
 LONG_FORM = 60
-"""From so many kills on, each phase and each kind has to occur."""
+"""From so many kills on, each phase has to occur."""
 
 
 @dataclass(frozen=True)

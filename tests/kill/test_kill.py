@@ -200,8 +200,7 @@ def lines(run_folder: Path) -> list[dict[str, object]]:
 
 
 def test_the_kills_were_spread_over_all_phases_and_kinds():
-    if KILLS < LONG_FORM:
-        pytest.skip(f"{KILLS} kills are too few to hit every phase for certain; {LONG_FORM} are asked for that")
     hit_kinds, hit_phases = ({key[place] for key in REPORT.landed} for place in (0, 1))
-    assert hit_kinds == set(KINDS)
-    assert hit_phases == set(PHASES), f"never hit: {set(PHASES) - hit_phases}"
+    assert len(hit_kinds) == min(KILLS, len(KINDS))
+    if KILLS >= LONG_FORM:
+        assert hit_phases == set(PHASES), f"never hit: {set(PHASES) - hit_phases}"
