@@ -14,16 +14,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launcher.attempts import hang_verdict, next_attempt
+from launcher.attempts import hang_verdict
 from launcher.ranks import Ranks
 from llm_dist.errors import Exit
 
 HANG_GRACE_SECONDS = 5.0
 """How long ranks may take to leave their stacks in their logs after one has found that the run hangs."""
 SAVE_GRACE_SECONDS = 25.0
-"""How long ranks may take to save and leave after another has died."""
-START_GRACE_SECONDS = 1.0
-"""The same where no rank has begun its attempt: those that wait to meet the dead one have nothing to save."""
+"""How long ranks may take to save and leave where they were asked to stop."""
+FAILURE_GRACE_SECONDS = 5.0
+"""How long ranks may take to leave after another has died: they can finish no collective, and so no step."""
 _POLL_SECONDS = 0.1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _WAS_STOPPED = tuple(-number for number in _STOP_SIGNALS)
@@ -100,7 +100,7 @@ class Follower:
         self._file.close()
 
 
-def watch(ranks: Ranks, stop: StopRequests, run: Path, attempt: int, show: Callable[[], None]) -> Exit | Failure:
+def watch(ranks: Ranks, stop: StopRequests, run: Path, show: Callable[[], None]) -> Exit | Failure:
     """See the ranks of one attempt to their end, passing on that they are to stop; `show` is called often."""
     leave_by: float | None = None
     while True:
@@ -108,7 +108,8 @@ def watch(ranks: Ranks, stop: StopRequests, run: Path, attempt: int, show: Calla
         show()
         codes = ranks.codes()
         if failed := [number for number, code in codes.items() if not _is_in_order(code, stop)]:
-            grace_seconds = SAVE_GRACE_SECONDS if next_attempt(run) > attempt else START_GRACE_SECONDS
+            is_stopping = stop.is_wanted or Exit.STOPPED in codes.values()
+            grace_seconds = SAVE_GRACE_SECONDS if is_stopping else FAILURE_GRACE_SECONDS
             return _end_others(ranks, _first_of(failed, codes), codes, show, run, grace_seconds)
         if any(code in _WAS_STOPPED for code in codes.values()):  # no rank has begun to train, and none can
             ranks.terminate(_POLL_SECONDS, show)

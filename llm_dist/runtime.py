@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
 import uuid
 import warnings
@@ -26,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from llm_dist.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_PLACE_IN_SOURCES = re.compile(r"^\[\S+:\d+\] ")
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,15 @@ class Runtime:
 
 
 def lost_contact(error: RuntimeError) -> str | None:
-    """What a collective said when another rank was gone, in one line; None for any other error.
+    """What a collective said when another rank was gone, in one short line; None for any other error.
 
     gloo raises plain RuntimeErrors whose text begins with a path of its sources; NCCL and the store have own classes.
     """
     line = str(error).partition("\n")[0]
     is_gloo = "gloo/transport" in line or line.startswith(("Connection closed by peer", "Connection reset by peer"))
-    return line if is_gloo or isinstance(error, dist.DistError) else None
+    if not is_gloo and not isinstance(error, dist.DistError):
+        return None
+    return _PLACE_IN_SOURCES.sub("", line).partition(". This is typically caused by")[0]
 
 
 def start(deterministic: bool = False, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Runtime:

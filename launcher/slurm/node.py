@@ -30,7 +30,7 @@ def run_node(run: Path, number: int, attempt: int, world: World, place: Place, a
     command = [sys.executable, "-m", "llm_dist", "train", str(run)]
     command += [word for key in accepted for word in ("--accept", key)]
     with StopRequests() as stop, start(command, world, run / "logs", attempt) as ranks:
-        ending = watch(ranks, stop, run, attempt, show=lambda: None)
+        ending = watch(ranks, stop, run, show=lambda: None)
         ranks.kill()
         failure = _failure(ending, place) if isinstance(ending, Failure) else None
         outcome: starts.Outcome = "failed" if failure else "stopped" if ending == Exit.STOPPED else "done"

@@ -1,7 +1,7 @@
 """Real runs, killed at random again and again: no acknowledged step is lost, and the end is the undisturbed one.
 
 `make test-kill N=60 SEED=7`. The end is compared with a run of the same layout that was never killed: every weight and
-moment, every step's loss, rate and tokens, every evaluation.
+moment, every step's loss, rate and tokens, every evaluation. No rank may crash, least of all one whose neighbour died.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import pytest
 
 from llm_dist import metrics
 from llm_dist.checkpoint import layout
+from llm_dist.engine.blocks import COMPILER, has_compiler
 from tests.e2e.commands import LAUNCH, assert_same_end, run
 from tests.kill.plan import KILLS, KINDS, LONG_FORM, PHASES, Kill, Setting, settings
 from tests.kill.report import Report
 from tests.kill.victim import EVERY_STEPS, RANKS, Victim
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(1800)]
 
 STEPS = 240
 STOPPED = 75
@@ -36,50 +37,70 @@ ENGINES = {
     "zero2": ("engine.name=zero", "engine.zero_stage=2"),
     "fsdp": ("engine.name=fsdp",),
 }
+CRASH = re.compile(r"Traceback \(most recent call last\)|terminate called|Fatal Python error|Segmentation fault")
 REPORT = Report()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def report():
     yield
-    REPORT.publish()
+    REPORT.show()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_before(tmp_path_factory):
+    """What has been compiled once is found again by later runs and attempts, as it is where a run is started again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
 
 
 @pytest.fixture(scope="module")
-def words(write_run_file, shards) -> Callable[[Path, str], tuple[object, ...]]:
-    """`words(folder, engine)`: the run file and overrides of a run in `folder`."""
-    return lambda folder, engine: (write_run_file(folder), *WORDS, *ENGINES[engine], f"data.holdout={shards}/train")
+def words(write_run_file, shards) -> Callable[[Path, Setting], tuple[object, ...]]:
+    """`words(folder, setting)`: the run file and overrides of a run in `folder`."""
+
+    def make(folder: Path, setting: Setting) -> tuple[object, ...]:
+        compiling = f"engine.compile={'on' if setting.compiles else 'off'}"
+        own = (*ENGINES[setting.engine], compiling, f"data.holdout={shards}/train")
+        return (write_run_file(folder), *WORDS, *own)
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, words) -> Callable[[str], tuple[Path, float]]:
-    """`undisturbed(engine)`: folder of the run that was never killed, and how long its ranks took to begin."""
-    made: dict[str, tuple[Path, float]] = {}
+def undisturbed(tmp_path_factory, words) -> Callable[[Setting], tuple[Path, float]]:
+    """`undisturbed(setting)`: folder of the run that was never killed, and how long its ranks took to begin."""
+    made: dict[tuple[str, bool], tuple[Path, float]] = {}
 
-    def make(engine: str) -> tuple[Path, float]:
-        if engine not in made:
-            folder = tmp_path_factory.mktemp(f"undisturbed-{engine}")
+    def make(setting: Setting) -> tuple[Path, float]:
+        key = setting.engine, setting.compiles
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"undisturbed-{setting.engine}")
             since = time.time()
-            said = run([*LAUNCH, "--ranks", str(RANKS), *words(folder, engine)])
+            said = run([*LAUNCH, "--ranks", str(RANKS), *words(folder, setting)])
             assert said.code == 0, said.err
             run_folder = folder / "runs" / "tiny"
+            assert_nobody_crashed([*(run_folder / "logs").iterdir()])
             begun = (run_folder / "metrics.jsonl").stat().st_ctime - since
             seconds = sum(line["seconds"]["all"] for line in metrics.read(run_folder / "metrics.jsonl") if "lr" in line)
-            made[engine] = run_folder, max(1.0, begun - seconds)
-        return made[engine]
+            made[key] = run_folder, max(1.0, begun - seconds)
+        return made[key]
 
     return make
 
 
 @pytest.mark.parametrize("setting", settings(), ids=str)
 def test_killed_anywhere_the_end_is_the_undisturbed_one(setting: Setting, tmp_path, words, undisturbed):
-    expected, begin_seconds = undisturbed(setting.engine)
+    if setting.compiles and not has_compiler("cpu"):
+        pytest.skip(f"compiling needs {COMPILER}")
+    expected, begin_seconds = undisturbed(setting)
     saving = f"checkpoint.asynchronous={str(setting.asynchronous).lower()}"
     left = list(setting.kills)
     while left:  # in another run where one has finished early
-        folder = tmp_path / str(len(left))
+        num_left = len(left)
+        folder = tmp_path / str(num_left)
         folder.mkdir()
-        victim = Victim(setting, (*words(folder, setting.engine), saving), folder / "runs" / "tiny")
+        victim = Victim(setting, (*words(folder, setting), saving), folder / "runs" / "tiny")
         victim.start()
         try:
             while left and victim.step < STEPS:
@@ -88,11 +109,11 @@ def test_killed_anywhere_the_end_is_the_undisturbed_one(setting: Setting, tmp_pa
             finish(victim)
         finally:
             victim.close()
-        REPORT.runs += 1
-        REPORT.starts += victim.starts
         assert_nothing_is_left(victim)
+        assert_nobody_crashed([*victim.logs, *([victim.output] if is_ours(victim) else [])])
         assert_no_acknowledged_step_is_lost(victim)
         assert_same_run(victim.run_folder, expected)
+        REPORT.count_run(victim.starts, num_left - len(left))
 
 
 def one_kill(victim: Victim, kill: Kill, begin_seconds: float) -> bool:
@@ -104,9 +125,8 @@ def one_kill(victim: Victim, kill: Kill, begin_seconds: float) -> bool:
         return False
     landed = victim.phase()
     victim.strike(kill)
-    REPORT.landed[kill.kind, landed] += 1
     show(victim, kill, landed)
-    REPORT.longest_vanishing_seconds = max(REPORT.longest_vanishing_seconds, victim.vanish())
+    REPORT.count_kill(kill.kind, landed, victim.vanish())
     ends_launcher = "launcher" in kill.kind or (kill.kind == "SIGTERM one rank" and is_ours(victim))
     if ends_launcher or landed == "shutdown":
         check_code(victim, victim.end_of_launcher())
@@ -145,6 +165,13 @@ def assert_nothing_is_left(victim: Victim) -> None:
     assert not [name for name in names if name.startswith(".writing-") or "damaged" in name], names
 
 
+def assert_nobody_crashed(logs: list[Path]) -> None:
+    """A rank that loses its neighbour says so in one line; one that is asked to stop leaves in order."""
+    for log in logs:
+        found = CRASH.search(text := log.read_text(errors="replace"))
+        assert found is None, f"{log}: {text[max(0, found.start() - 500) : found.start() + 3000]}"
+
+
 def assert_no_acknowledged_step_is_lost(victim: Victim) -> None:
     """Each attempt begins at or after every step that was said to be saved before."""
     saved = 0
@@ -173,8 +200,7 @@ def lines(run_folder: Path) -> list[dict[str, object]]:
 
 
 def test_the_kills_were_spread_over_all_phases_and_kinds():
-    if KILLS < LONG_FORM:
-        pytest.skip(f"{KILLS} kills are too few to hit every phase for certain; {LONG_FORM} are asked for that")
     hit_kinds, hit_phases = ({key[place] for key in REPORT.landed} for place in (0, 1))
-    assert hit_kinds == set(KINDS)
-    assert hit_phases == set(PHASES), f"never hit: {set(PHASES) - hit_phases}"
+    assert len(hit_kinds) == min(KILLS, len(KINDS))
+    if KILLS >= LONG_FORM:
+        assert hit_phases == set(PHASES), f"never hit: {set(PHASES) - hit_phases}"

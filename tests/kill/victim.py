@@ -19,23 +19,27 @@ from tests.kill.plan import PHASES, Kill, Phase, Setting
 RANKS = 2
 EVERY_STEPS = 20
 """How often the runs evaluate."""
-PATIENCE_SECONDS = 120.0
-VANISH_SECONDS = 30.0
-"""Within so many seconds ranks have to be gone whose launcher is gone, or whose neighbour."""
+PATIENCE_SECONDS = 240.0
+VANISH_SECONDS = 45.0
+"""Within so many seconds ranks have to be gone whose launcher is gone, or whose neighbour.
+
+torchrun waits 30 s before it kills a rank whose save will not end any more."""
 _BEGUN = re.compile(r"attempt \d+: (?:begins|resumed at step \d+) of ")
 _STEP = re.compile(r"step +(\d+)/\d+ ")
 _LEAVING = re.compile(r"finished at step|stopped at step|stopped before the first step")
 _TRIES = 4
 """Occasions to come to a phase that is soon over; then it strikes wherever the run is."""
-_LENGTH_SECONDS = {"build": 0.15, "first step": 0.01, "training": 0.3, "saving": 0.02, "validation": 0.06}
-"""About how long a phase lasts."""
-_PROGRAMS = {
-    "llm-launch": ("-m", "launcher.cli", "local", "--ranks", str(RANKS), "--max-restarts", "999"),
-    "torchrun": (
-        *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "--max-restarts=999"),
-        *("-m", "llm_dist", "train"),
-    ),
+_LENGTH_SECONDS = {
+    "build": 0.15,
+    "compilation": 4.0,
+    "first step": 0.01,
+    "training": 0.3,
+    "saving": 0.02,
+    "validation": 0.06,
 }
+"""About how long a phase lasts."""
+_OWN_LOG = 'exec "$@" >> "$0/rank_0000$RANK.log" 2>&1'
+"""A shell's words that give a rank a log of its own, as llm-launch does; torchrun's would die with torchrun."""
 
 
 class Victim:
@@ -44,13 +48,22 @@ class Victim:
     def __init__(self, setting: Setting, words: tuple[object, ...], run_folder: Path) -> None:
         self.setting, self.run_folder = setting, run_folder
         self.output = run_folder.parent.parent / "output.log"
-        own = run_folder / "logs" / "rank_00000.log"
-        self.log = own if setting.program == "llm-launch" else self.output
-        self._command = [str(word) for word in (sys.executable, *_PROGRAMS[setting.program], *words)]
+        logs = (run_folder if setting.program == "llm-launch" else self.output.parent) / "logs"
+        self.logs = [logs / f"rank_{rank:05d}.log" for rank in range(RANKS)]
+        self.log = self.logs[0]
+        self._command = [str(word) for word in (sys.executable, *self._program(), *words)]
         self.ranks: list[psutil.Process] = []
         self.starts = 0
         self._offset = 0
         self._was_asked = False
+
+    def _program(self) -> tuple[object, ...]:
+        if self.setting.program == "llm-launch":
+            return ("-m", "launcher.cli", "local", "--ranks", RANKS, "--max-restarts", 999)
+        self.log.parent.mkdir(parents=True)
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "--max-restarts=999")
+        rank = ("bash", "-c", _OWN_LOG, self.log.parent, sys.executable, "-m", "llm_dist", "train")
+        return (*torchrun, "--no-python", *rank)
 
     def start(self) -> None:
         """Run the command, the same every time."""
@@ -88,7 +101,7 @@ class Victim:
         by_number = {}
         try:
             for child in psutil.Process(self.launcher.pid).children():
-                if "llm_dist" in child.cmdline() and "RANK" in (environment := child.environ()):
+                if child.cmdline()[1:3] == ["-m", "llm_dist"] and "RANK" in (environment := child.environ()):
                     by_number[int(environment["RANK"])] = child
         except psutil.Error:
             pass
@@ -122,7 +135,7 @@ class Victim:
             return "saving"
         steps = _STEP.findall(text)
         if not steps:
-            return "first step"
+            return "compilation" if self.setting.compiles else "first step"
         last = int(steps[-1])
         evaluated = f"step {last}: " in text
         return "validation" if last % EVERY_STEPS == 0 and not evaluated else "training"
@@ -143,8 +156,8 @@ class Victim:
             time.sleep(kill.delay * begin_seconds)
             return self.code is None
         if kill.aim == "shutdown":
-            return self._until(lambda: self.phase() not in PHASES[:2]) and self._ask_to_leave(kill)
-        if kill.aim in ("build", "first step"):
+            return self._until(lambda: PHASES.index(self.phase()) > PHASES.index("build")) and self._ask_to_leave(kill)
+        if kill.aim in ("build", "compilation", "first step"):
             place = PHASES.index(kill.aim)
             return self._until(lambda: PHASES.index(self.phase()) >= place) and self._wait(kill)
         for occasion in range(kill.occasions + _TRIES):

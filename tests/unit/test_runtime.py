@@ -69,3 +69,21 @@ def test_versions_name_what_the_process_runs_on() -> None:
 
     assert found["torch"] == torch.__version__
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+GLOO = "[/sources/gloo/transport/tcp/pair.cc:553] "
+ADVICE = ". This is typically caused by a remote worker crashing. Check its logs"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError(f"{GLOO}Connection closed by peer [::1]:5{ADVICE}\nmore"), "Connection closed by peer [::1]:5"),
+        (RuntimeError(f"{GLOO}Read error [::1]:5: Broken pipe{ADVICE}"), "Read error [::1]:5: Broken pipe"),
+        (RuntimeError("Connection reset by peer"), "Connection reset by peer"),
+        (torch.distributed.DistStoreError("wait timeout"), "wait timeout"),
+        (RuntimeError("[/sources/aten/Linear.cpp:12] shapes differ"), None),
+    ],
+)
+def test_a_lost_neighbour_is_one_short_line(error: RuntimeError, words: str | None) -> None:
+    assert runtime.lost_contact(error) == words

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import capacity, ports, submission
+from launcher import capacity, ports, submission, watching
 from launcher.attempts import latest_complete_step
 from launcher.local import Job, supervise
 from launcher.planning import DataSize, data_size
@@ -91,6 +91,32 @@ if start == 1: until_asked(); sys.exit(75)
     assert "last words" in said
     assert "no complete checkpoint stands yet" in said
     assert log(tmp_path, 1).count("=== attempt ") == 2
+
+
+def test_after_a_death_the_others_have_little_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "FAILURE_GRACE_SECONDS", 0.2)
+    program = """
+if rank == 0: until_asked(); time.sleep(600)
+while not (run / "pid_0").exists(): time.sleep(0.02)
+sys.exit(3)
+"""
+    began = time.monotonic()
+    outcome = supervise(job(tmp_path, monkeypatch, program, max_restarts=0))
+    assert (outcome.exit_code, outcome.starts) == (Exit.DEFECT, 1)
+    assert time.monotonic() - began < 0.5 * watching.SAVE_GRACE_SECONDS
+
+
+def test_after_a_death_while_stopping_the_others_may_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "FAILURE_GRACE_SECONDS", 0.05)
+    program = """
+if rank == 0: until_asked(); time.sleep(0.8); save(4); sys.exit(75)
+while not (run / "pid_0").exists(): time.sleep(0.02)
+os.kill(os.getppid(), signal.SIGTERM)
+until_asked(); os.kill(os.getpid(), signal.SIGKILL)
+"""
+    outcome = supervise(job(tmp_path, monkeypatch, program))
+    assert (outcome.exit_code, outcome.starts) == (Exit.STOPPED, 1)
+    assert latest_complete_step(tmp_path) == 4
 
 
 def test_gives_up_after_failures_without_progress(tmp_path, monkeypatch, capfd):
