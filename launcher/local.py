@@ -95,12 +95,7 @@ def _attempt(job: Job, stop: StopRequests) -> Exit | Failure:
     if stop.is_wanted:
         return Exit.STOPPED
     port = ports.choose_port() if job.port is None else ports.require_free(job.port)
-<<<<<<< HEAD
-    attempt = next_attempt(job.run)
-    with start(job.command, World(job.ranks, job.ranks, port), job.logs, attempt) as ranks:
-=======
-    with start(job.command, job.ranks, port, job.logs, next_attempt(job.run)) as ranks:
->>>>>>> h4b
+    with start(job.command, World(job.ranks, job.ranks, port), job.logs, next_attempt(job.run)) as ranks:
         follower = Follower(log_path(job.logs, 0), ranks.members[0].log_start_bytes)
         try:
             ending = watch(ranks, stop, job.run, follower.show)
