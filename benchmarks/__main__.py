@@ -1,6 +1,6 @@
 """`make bench`: what is measured, as one table, and as JSON beside it.
 
-python -m benchmarks                 the quick suites: loader, corpus, remote, tokenize, step
+python -m benchmarks                 the quick suites: loader, corpus, remote, tokenize, saving, step
 python -m benchmarks ngram           half an hour: a trained model against a 5-gram
 python -m benchmarks --gpu           the step of larger models on one GPU
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-SUITES = ("loader", "corpus", "remote", "tokenize", "step", "ngram")
+SUITES = ("loader", "corpus", "remote", "tokenize", "saving", "step", "ngram")
 QUICK = SUITES[:-1]
 
 
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _measure(name: str, on_gpu: bool, overrides: list[str]) -> Any:
-    if name in ("loader", "corpus", "remote", "tokenize"):
+    if name in ("loader", "corpus", "remote", "tokenize", "saving"):
         return importlib.import_module(f"benchmarks.{name}").measure()
     if name == "ngram":
         from benchmarks import ngram

@@ -11,7 +11,7 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -56,7 +56,7 @@ class Store:
         self._limit_seconds = limit_seconds
         self._num_saves = 0
         self._host: Tensor | None = None
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
         self._durable_step: int | None = None
         self._abandoned = threading.Event()
@@ -94,8 +94,7 @@ class Store:
         shares = {key: _share(key, partition) for key, partition in state.items()}
         sources = self._staged(shares) if asynchronous else {key: _source(share) for key, share in shares.items()}
         self._abandoned.clear()
-        self._thread = threading.Thread(target=self._write, args=(step, self._num_saves, sources, facts), daemon=True)
-        self._thread.start()
+        self._begin(partial(self._write, step, self._num_saves, sources, facts))
         if not asynchronous:
             self.wait()
         num_bytes = sum(source.num_bytes for source in sources.values())
@@ -107,15 +106,14 @@ class Store:
         Raises:
             SaveFailed: the save begun last was not written (raised once).
         """
-        if self._thread is not None and not self._thread.is_alive():
-            return self.wait()
-        return self._durable_step
+        is_busy = any(thread.is_alive() for thread in self._threads)
+        return self._durable_step if is_busy else self.wait()
 
     def wait(self) -> int | None:
-        """Return when nothing is being written any more; as `poll`."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Return when nothing is being written or deleted any more; as `poll`."""
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -129,14 +127,20 @@ class Store:
         """Rank 0 at start-up: delete what crashed attempts left; returns the names. Does nothing on other ranks."""
         return commit.sweep(self.folder, self.attempt) if self._rank == 0 else []
 
-    def retain(self, keep_last: int, keep_every_steps: int | None = None, best_step: int | None = None) -> list[int]:
-        """Rank 0: `commit.retain`, unless a newer attempt has taken over.
+    def retain(self, keep_last: int, keep_every_steps: int | None = None, best_step: int | None = None) -> None:
+        """Rank 0: `commit.retain`, unless a newer attempt has taken over; beside the training while a save is, too.
+
+        Some file systems take as long to delete a file as to write a third of it.
 
         Raises:
             Superseded: it has.
         """
         self.fence.check()
-        return commit.retain(self.folder, keep_last, keep_every_steps, best_step)
+        delete = partial(commit.retain, self.folder, keep_last, keep_every_steps, best_step)
+        if self._threads:
+            self._begin(partial(self._delete, delete))
+        else:
+            delete()
 
     def amend(self, step: int, trajectory: Mapping[str, object]) -> None:
         """Rank 0: `commit.amend` the checkpoint of `step`, unless a newer attempt has taken over.
@@ -150,6 +154,17 @@ class Store:
     def restore(self, found: Found, state: Mapping[str, Partition]) -> Manifest:
         """`read_into` for this rank; not collective: ranks may differ in what they raise, and the trainer agrees."""
         return read_into(found.folder, state, self._rank, self._ranks)
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _delete(self, delete: Callable[[], object]) -> None:
+        try:
+            delete()
+        except BaseException as error:  # noqa: BLE001  kept for `wait`, which raises it in the training thread
+            self._failure = error
 
     def _staged(self, shares: Mapping[str, Partition]) -> dict[str, Source]:
         """Sources in one host buffer, kept for the next save: its size bounds the host memory taken."""
@@ -300,15 +315,17 @@ def _fill(folder: Path, files: Iterable[RankFiles], state: Mapping[str, Partitio
         if not unfilled:
             return
         table = read_table(folder, each)
+        wanted = [
+            (key, piece)
+            for key in table.state.keys() & unfilled.keys()
+            for piece in table.state[key].pieces
+            if _overlap(state[key], piece.start, piece.stop)
+        ]
+        wanted.sort(key=lambda pair: pair[1].offset_bytes)  # the kernel reads ahead
         with DataFile(folder, each.rank) as data:
-            for key in table.state.keys() & unfilled.keys():
-                for piece in table.state[key].pieces:
-                    num_copied = 0
-                    if _overlap(state[key], piece.start, piece.stop):
-                        num_copied = sum(_copy(state[key], start, chunk) for start, chunk in data.chunks(piece))
-                    unfilled[key] -= num_copied
-                if not unfilled[key]:
-                    del unfilled[key]
+            for key, piece in wanted:
+                unfilled[key] -= sum(_copy(state[key], start, chunk) for start, chunk in data.chunks(piece))
+        unfilled = {key: num_elements for key, num_elements in unfilled.items() if num_elements}
     if unfilled:
         key = min(unfilled)
         raise DamagedCheckpoint(folder, f"{unfilled[key]} elements of {key} are in no piece")

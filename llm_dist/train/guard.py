@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from xxhash import xxh3_64_digest
 
 from llm_dist import config
 from llm_dist.engine.partition import Partition
@@ -92,10 +94,19 @@ class SkippedSteps:
             os.fsync(file.fileno())
 
 
+def checksum(values: Tensor) -> int:
+    """64 bits, as a signed number, that change with any bit of a flat fp32 tensor; alike on devices of one kind."""
+    if values.is_cuda:
+        return int(values.view(torch.int32).sum(dtype=torch.int64))
+    # On a CPU torch's sum takes fifty times as long, and longer than a disk takes to write the values.
+    digest = xxh3_64_digest(values.numpy().data.cast("B"))
+    return int.from_bytes(digest, signed=True)
+
+
 def differing_replica(state: Mapping[str, Partition], runtime: Runtime) -> str | None:
     """Which rank holds another value than its replicas, and of what; None where all hold the same. Collective.
 
-    Compared are sums of the values' bits: a flipped bit changes them, whichever it is.
+    Compared are checksums of the values' bits: a flipped bit changes them, whichever it is.
     """
     shared = [key for key, partition in state.items() if partition.num_replicas > 1]
     # Which tensors have replicas is a matter of the engine, and so the same on every rank.
@@ -103,7 +114,7 @@ def differing_replica(state: Mapping[str, Partition], runtime: Runtime) -> str |
     for place, key in enumerate(shared):
         partition = state[key]
         own[runtime.rank, 0, place] = partition.start
-        own[runtime.rank, 1, place] = partition.values.contiguous().view(torch.int32).sum(dtype=torch.int64).cpu()
+        own[runtime.rank, 1, place] = checksum(partition.values)
     if not shared:
         return None
     starts, sums = runtime.sum(own).unbind(dim=1)

@@ -287,6 +287,40 @@ def test_a_second_asynchronous_save_waits_and_takes_the_memory_of_the_first(
     assert addresses[0] == addresses[1]
 
 
+def test_old_checkpoints_are_deleted_beside_the_training_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, evenly(STATE, 1), step=1)
+    save(tmp_path, evenly(STATE, 1), step=2)
+    may_publish, may_delete = threading.Event(), threading.Event()
+    publish, delete = commit.publish, commit.delete
+    monkeypatch.setattr(commit, "publish", lambda *args: may_publish.wait(20) and publish(*args))
+    monkeypatch.setattr(commit, "delete", lambda folder: may_delete.wait(20) and delete(folder))
+    one = Store(tmp_path, 0, 1, 1)
+    one.save(3, evenly(STATE, 1)[0], FACTS, asynchronous=True)
+    one.retain(1)
+    assert [each.step for each in layout.list_complete(tmp_path)] == [1, 2]
+    may_publish.set()
+    commit.poll(lambda: one.poll() == 3, 20, lambda: "step 3, acknowledged before the deletion ends")
+    assert [each.step for each in layout.list_complete(tmp_path)] == [1, 2, 3]
+    may_delete.set()
+    one.wait()
+    assert [each.step for each in layout.list_complete(tmp_path)] == [2, 3]
+
+
+def test_a_deletion_that_fails_beside_the_training_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+
+    one, partitions = Store(tmp_path, 0, 1, 1), evenly(STATE, 1)[0]
+    for step in (1, 2):
+        one.save(step, partitions, FACTS)
+    monkeypatch.setattr(commit, "delete", broken)
+    one.save(3, partitions, FACTS, asynchronous=True)
+    one.retain(1)
+    with pytest.raises(OSError, match=r"Input/output error: .*step_00000001"):
+        one.wait()
+    assert one.wait() == 3
+
+
 def test_a_failed_asynchronous_save_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, partitions = Store(tmp_path, 0, 1, 1), evenly(STATE, 1)[0]
     with monkeypatch.context() as broken:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llm_dist.config import Guard
 from llm_dist.engine.partition import Partition
 from llm_dist.runtime import Runtime
-from llm_dist.train.guard import FEWEST_LOSSES, SkippedSteps, differing_replica, judge
+from llm_dist.train.guard import FEWEST_LOSSES, SkippedSteps, checksum, differing_replica, judge
 
 QUIET = [3.0 + 0.01 * (step % 7) for step in range(60)]
 SPIKES = Guard(spike_z=6.0)
@@ -110,7 +110,7 @@ def verdict(rows: list[torch.Tensor]) -> str | None:
     here = Gathered(0, len(rows), 0, torch.device("cpu"))
     others = torch.zeros(len(rows), 2, 1, dtype=torch.int64)
     for rank, row in enumerate(rows[1:], start=1):
-        others[rank, 1, 0] = row.view(torch.int32).sum(dtype=torch.int64)
+        others[rank, 1, 0] = checksum(row)
     object.__setattr__(here, "others", others)
     return differing_replica({"param/w": partitions[0]}, here)
 
