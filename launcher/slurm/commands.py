@@ -125,15 +125,19 @@ def _submit(wanted: Any, site: Any, dry_run: bool, as_json: bool) -> int:
 
 def stop(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run folder; the newest in runs/.")] = None,
+    *,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when it has ended.")] = False,
 ) -> None:
     """Have a run save and end, wherever it is trained; nothing starts it again by itself."""
 
     def action() -> int:
         from launcher.listing import meant
-        from launcher.slurm.stopping import stop as ask_to_stop
+        from launcher.slurm import stopping
 
         folder = meant(run)
-        print(f"{folder}: {ask_to_stop(folder)}")
+        print(f"{folder}: {stopping.stop(folder)}", flush=True)
+        if wait:
+            stopping.wait_until_ended(folder)
         return Exit.DONE
 
     raise typer.Exit(exit_code_of(action))

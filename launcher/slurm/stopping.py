@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 from launcher.attempts import heartbeat, is_running
@@ -12,6 +13,8 @@ from launcher.slurm import controller
 from launcher.slurm.submit import live_jobs
 from llm_dist import config
 from llm_dist.errors import UserError
+
+_POLL_SECONDS = 2.0
 
 
 def stop(run: Path) -> str:
@@ -38,3 +41,9 @@ def stop(run: Path) -> str:
         raise UserError(f"{run} is trained on {beat.get('host')}, not by a Slurm job of yours; stop it there")
     os.kill(int(beat["pid"]), signal.SIGTERM)  # the ranks agree, and their launcher sees that they were asked
     return f"process {beat['pid']} was asked to save and end"
+
+
+def wait_until_ended(run: Path) -> None:
+    """Return when nothing trains the run any more, and no job of it holds nodes."""
+    while live_jobs(run) or is_running(run):
+        time.sleep(_POLL_SECONDS)

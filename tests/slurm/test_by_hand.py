@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from tests.e2e.commands import losses
 from tests.e2e.commands import run as run_command
 from tests.pages import ROOT
 from tests.slurm.cluster import Cluster
+from tests.slurm.daemons import wait_until
 from tests.slurm.submitted import LAUNCH, Submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
@@ -66,23 +70,36 @@ def test_an_array_tokenizes_its_files_and_a_killed_task_does_only_its_own_again(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*.tar")} == made
 
 
-def test_torchrun_on_two_machines_gives_the_run_of_one_and_goes_on_with_fewer(
+def torchrun(endpoint: str, *options: str) -> list[str]:
+    """Words that start one rank on a machine, up to the arguments of `llm_dist train`."""
+    program = str(Path(sys.executable).with_name("torchrun"))
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", "last_call_timeout=3"]
+    environment = ["env", f"PYTHONPATH={ROOT}", "GLOO_SOCKET_IFNAME=eth0", "OMP_NUM_THREADS=1"]
+    return [*environment, program, "--nproc-per-node", "1", *meeting, *options, "-m", "llm_dist", "train"]
+
+
+def test_torchrun_on_two_machines_gives_the_run_of_one(
     cluster: Cluster, run_file: Path, run_folder: Path, write_run_file, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     alone = tmp_path_factory.mktemp("alone")
     assert run_command([*LAUNCH, "local", write_run_file(alone), "--ranks", "2"]).code == 0
-    first = cluster.node("node1")
-    torchrun = [
-        *("env", f"PYTHONPATH={ROOT}", "GLOO_SOCKET_IFNAME=eth0", "OMP_NUM_THREADS=1"),
-        *(str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "1"),
-    ]
-    train = ["-m", "llm_dist", "train"]
-    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first.address}:29400"]
-    words = [*torchrun, *meeting, *train, str(run_file)]
-    nodes = [first, cluster.node("node2")]
+    nodes = [cluster.node("node1"), cluster.node("node2")]
+    words = [*torchrun(f"{nodes[0].address}:29400", "--nnodes", "2"), str(run_file)]
     started = [subprocess.Popen(node.command(*words), env=cluster.environment, cwd=ROOT) for node in nodes]
     assert [each.wait(timeout=120) for each in started] == [0, 0]
     assert losses(run_folder) == losses(alone / "runs" / "tiny")
-    first.execute(*torchrun, *train, str(run_folder), "run.steps=10", seconds=120)
-    assert latest_complete_step(run_folder) == 10
-    assert (run_folder / "attempts" / "attempt_0002.json").is_file()
+
+
+def test_torchrun_goes_on_with_the_machines_that_are_left(cluster: Cluster, run_file: Path, run_folder: Path) -> None:
+    nodes = [cluster.node("node1"), cluster.node("node2")]
+    options = ["--nnodes", "1:2", "--max-restarts", "3"]
+    words = [*torchrun(f"{nodes[0].address}:29401", *options), str(run_file), *WORDS, "run.steps=600"]
+    started = [subprocess.Popen(node.command(*words), env=cluster.environment, cwd=ROOT) for node in nodes]
+    wait_until(lambda: (latest_complete_step(run_folder) or 0) >= 50, 90, "a checkpoint of two ranks")
+    for process in nodes[1].processes():
+        os.kill(process.pid, signal.SIGKILL)
+    assert started[0].wait(timeout=150) == 0
+    started[1].wait(timeout=30)
+    assert latest_complete_step(run_folder) == 600
+    ranks = [json.loads(path.read_text())["ranks"] for path in sorted((run_folder / "attempts").iterdir())]
+    assert (ranks[0], ranks[-1]) == (2, 1)

@@ -17,9 +17,9 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.settings import Shape
 from tests.slurm.submitted import LAUNCH, Submitted
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(480)]
 
-WORDS = ("run.steps=2000", "checkpoint.every_steps=50", "data.holdout=[]", "log.every_steps=100")
+WORDS = ("optim.total_steps=100000", "checkpoint.every_steps=50", "data.holdout=[]", "log.every_steps=100")
 ONE_NODE = ("--nodes", "1", "--ranks-per-node", "2", "--time", "10")
 
 
@@ -32,7 +32,7 @@ def test_after_a_cut_cable_the_older_attempt_writes_nothing_more_and_the_end_is_
 ) -> None:
     cluster = start_cluster(Shape(nodes=2, extra="SlurmdTimeout=5"))
     submitted = Submitted(cluster, run_file, run_folder)
-    submitted.submit(*WORDS, options=ONE_NODE)
+    submitted.submit(*WORDS, "run.steps=100000", options=ONE_NODE)
     submitted.wait_for_step(50)
     [start] = submitted.starts()
     lost = cluster.node(start.nodes[0])
@@ -44,11 +44,14 @@ def test_after_a_cut_cable_the_older_attempt_writes_nothing_more_and_the_end_is_
     submitted.wait_until(lambda: not training(submitted, lost.name), 60, "the older ranks have ended by themselves")
     assert len(list(layout.list_complete(run_folder / "checkpoints"))) >= 2
     lost.heal()
-    submitted.finish(seconds=150)
+    submitted.wait_for_step((latest_complete_step(run_folder) or 0) + 50)
+    submitted.launch("stop", run_folder, "--wait", seconds=120)
+    submitted.finish()
     failure = submitted.starts()[0].failure
     assert failure is not None and failure.code == Exit.SUPERSEDED
+    steps = f"run.steps={latest_complete_step(run_folder)}"
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run_command([*LAUNCH, "local", write_run_file(folder), "--ranks", "2", *WORDS]).code == 0
+    assert run_command([*LAUNCH, "local", write_run_file(folder), "--ranks", "2", *WORDS, steps]).code == 0
     ours, theirs = state_at_end(run_folder), state_at_end(folder / "runs" / "tiny")
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 

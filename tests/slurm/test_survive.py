@@ -75,6 +75,17 @@ def test_warned_of_the_time_limit_it_saves_requeues_itself_and_goes_on(submitted
     )
 
 
+def test_slurm_itself_warns_before_the_limit_and_nothing_is_lost(submitted) -> None:
+    submitted.submit(
+        *("run.steps=100000", "checkpoint.every_steps=100000", "data.holdout=[]", "log.every_steps=1000"),
+        options=["--nodes", "2", "--ranks-per-node", "1", "--time", "2"],
+    )
+    submitted.wait_for_state("PENDING", seconds=130)
+    assert (latest_complete_step(submitted.run) or 0) > 0
+    assert submitted.actions() == ["requeue"] and "asked to end (limit)" in submitted.log()
+    submitted.cluster.run("scancel", submitted.job)
+
+
 def test_preempted_it_saves_and_makes_way(submitted, undisturbed) -> None:
     cluster = submitted.cluster
     submitted.submit(*WORDS, options=[*RANKS, "--partition", "spot"])
