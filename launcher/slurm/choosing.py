@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,20 +41,27 @@ def choose(run: Path, nodes: Sequence[str], wanted: int, hours: float) -> Choice
 
 
 def check(
-    run: Path, nodes: Sequence[str], wanted: int, hours: float, command: Sequence[str], incarnation: str
+    run: Path,
+    nodes: Sequence[str],
+    wanted: int,
+    hours: float,
+    on_each: Callable[[Sequence[str]], list[str]],
+    incarnation: str,
 ) -> Choice:
-    """Have every usable node measured and exclude those that are to blame; `command` starts a program on the nodes.
+    """Have every usable node measured and exclude those that are to blame.
 
     Args:
         run: run folder.
         nodes: of the allocation.
         wanted: how many of them the ranks need.
         hours: how long an exclusion lasts.
-        command: srun and its options, up to the program.
+        on_each: words that start a module of ours on each of the nodes given.
         incarnation: name of this start of the job.
     """
     names = usable(run, nodes, hours)
-    words = [*command, "launcher.preflight", str(run), "--incarnation", incarnation, "--nodes", ",".join(names)]
+    if len(names) < wanted:
+        return choose(run, nodes, wanted, hours)
+    words = [*on_each(names), "launcher.preflight", str(run), "--incarnation", incarnation, "--nodes", ",".join(names)]
     try:
         subprocess.run(words, timeout=_SECONDS, check=False)
     except subprocess.TimeoutExpired:

@@ -21,7 +21,7 @@ from typing import Any
 from launcher.attempts import read_table
 from launcher.publishing import publish
 from launcher.slurm import controller, freeze
-from launcher.slurm.script import COMMENT, in_slurm_words
+from launcher.slurm.script import COMMENT, in_slurm_words, quoted
 from launcher.slurm.site import Site
 from llm_dist.data.folder import DATASET
 from llm_dist.data.inputs import find_files
@@ -141,7 +141,7 @@ def render(wanted: Wanted, out: Path, missing: Sequence[int], site: Site, code: 
     lines = [
         "#!/bin/bash",
         f"# Makes {out}/part_*: {len(missing)} tasks. Made by llm-launch slurm-data.",
-        *(f"#SBATCH {option}" for option in options),
+        *(f"#SBATCH {quoted(option)}" for option in options),
         "set -euo pipefail",
         f"export PYTHONPATH={shlex.quote(str(code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
         *site.setup,

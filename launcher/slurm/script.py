@@ -64,7 +64,7 @@ def render(shape: Shape, work: Work, site: Site, token: str, is_chained: bool = 
     lines = [
         "#!/bin/bash",
         f"# Trains {work.run}: {shape.nodes} nodes, {shape.ranks_per_node} ranks on each. Made by llm-launch slurm.",
-        *(f"#SBATCH {option}" for option in _options(shape, work, site, token, is_chained)),
+        *(f"#SBATCH {quoted(option)}" for option in _options(shape, work, site, token, is_chained)),
         "set -euo pipefail",
         "trap '' USR1  # the warning before the time limit; python hears it as soon as it can",
         f"export PYTHONPATH={shlex.quote(str(work.code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
@@ -136,6 +136,12 @@ def _wrapper(work: Work, site: Site) -> list[str]:
         return []
     binds = [word for each in _mounts(work, site) for word in ("--bind", each)]
     return ["apptainer", "exec", "--nv", *binds, "--pwd", str(work.folder), site.container.image]
+
+
+def quoted(option: str) -> str:
+    """An option as a line of a script may hold it, whatever stands in its value."""
+    name, equals, value = option.partition("=")
+    return f'{name}="{value}"' if any(each.isspace() for each in value) else f"{name}{equals}{value}"
 
 
 def in_slurm_words(minutes: float) -> str:

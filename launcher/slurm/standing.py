@@ -70,6 +70,8 @@ def lines(found: Standing) -> list[str]:
     said = [f"  job         {found.job or '-'}: {found.words}"]
     if found.waiting_jobs > 1:
         said.append(f"              {found.waiting_jobs} jobs wait in the queue")
+    if found.state == "FAILED" and found.failure is None:
+        said.append("              llm-launch logs --job says why")
     if (failure := found.failure) is not None:
         said.append(f"  failed      {failure}; then: {found.last_action}")
         said += [f"              {line}" for line in failure.last_lines[-4:]]

@@ -12,7 +12,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -78,8 +78,12 @@ class Supervisor:
         terms, nodes = self._terms, self._allocation.nodes
         if not terms.has_check:
             return choose(self._run, nodes, terms.nodes, terms.exclude_hours)
-        command = on_each(terms, self._allocation, nodes)
-        return check(self._run, nodes, terms.nodes, terms.exclude_hours, command, self._allocation.incarnation)
+        allocation = self._allocation
+
+        def words(names: Sequence[str]) -> list[str]:
+            return on_each(terms, allocation, names)
+
+        return check(self._run, nodes, terms.nodes, terms.exclude_hours, words, allocation.incarnation)
 
     def _without_ranks(self, choice: Choice) -> Decision | None:
         """Why the ranks cannot or need not be started, if so."""

@@ -45,7 +45,10 @@ def assert_same_end(submitted: Submitted, undisturbed: Path) -> None:
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 
 
-def test_a_job_trains_on_its_nodes_with_the_code_it_was_submitted_with(submitted, undisturbed) -> None:
+def test_a_job_trains_on_its_nodes_with_the_code_it_was_submitted_with(cluster, tmp_path, write_run_file, undisturbed):
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    submitted = Submitted(cluster, write_run_file(folder), folder / "runs" / "tiny")
     submitted.submit(*WORDS)
     assert_same_end(submitted, undisturbed)
     [start] = submitted.starts()

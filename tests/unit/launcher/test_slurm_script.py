@@ -36,6 +36,13 @@ def test_a_script_says_all_that_was_asked_for_and_ends_as_the_supervisor() -> No
     assert lines[-1].endswith("--interface ib0 --accept optim.lr")
 
 
+def test_a_folder_with_a_space_stays_one_word() -> None:
+    work = Work(Path("/shared/my runs/a"), WORK.code, WORK.folder, WORK.python)
+    text = script.render(SHAPE, work, Site(), "abc")
+    assert '#SBATCH --output="/shared/my runs/a/slurm/job_%j.log"' in text
+    assert "launcher.slurm.supervise '/shared/my runs/a' " in text
+
+
 def test_jobs_of_a_chain_wait_for_one_another_and_are_not_requeued() -> None:
     lines = rendered(is_chained=True)
     assert "#SBATCH --no-requeue" in lines and "#SBATCH --dependency=singleton" in lines
