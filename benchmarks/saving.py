@@ -27,6 +27,8 @@ from llm_dist.train.guard import checksum
 RUN_FILE, VOCABULARY = "configs/125m.toml", 32_000
 ROUNDS = 5
 CHUNK_BYTES = 8 * 2**20
+FOLDER = Path("build")
+"""On the disk that is measured; a folder for temporary files may be in memory."""
 REFERENCE = {
     "save": "plain write",
     "stall, first": "save",
@@ -46,8 +48,9 @@ def measure() -> list[dict[str, Any]]:
     num_bytes = sum(partition.values.nbytes for partition in state.values())
     print(f"  the state of {RUN_FILE}: {num_bytes / 1e9:.2f} GB; {ROUNDS} rounds")
     rounds = []
+    FOLDER.mkdir(exist_ok=True)
     for _ in range(ROUNDS):
-        with tempfile.TemporaryDirectory(prefix="saving-", dir=".") as folder:
+        with tempfile.TemporaryDirectory(prefix="saving-", dir=FOLDER) as folder:
             rounds.append(_round(Path(folder), state))
     medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
     return [

@@ -33,8 +33,9 @@ HOPS = [
 TRAINED_HOPS = 4
 
 MATRIX = [(ranks, name) for ranks in (1, 2, 4) for name in ENGINES if name != "hybrid" or ranks == 4]
-CONTINUED = (1, 7, 13)
-"""Of the layouts of the matrix, how far behind itself are those from whose checkpoint each one trains on."""
+CONTINUED = (8, 11)
+"""How far behind itself in the matrix are the layouts from whose checkpoint each one trains on: so chosen that engine and
+number of ranks both change, the latter in each of the six ways."""
 UNEVEN = (
     *("model.vocabulary_multiple=1", "model.tied_head=true", "model.qk_norm=true"),
     *("model.layers=1", "model.d_model=20", "model.heads=2", "model.kv_heads=1", "model.d_ff=27"),
