@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import psutil
 
@@ -32,13 +30,13 @@ class Allocation:
         return f"{self.job}.{self.restarts}"
 
     @classmethod
-    def read(cls, variables: Mapping[str, str] | None = None) -> Allocation:
+    def read(cls) -> Allocation:
         """The job this process is in.
 
         Raises:
             UserError: it is in none.
         """
-        given = os.environ if variables is None else variables
+        given = os.environ
         if "SLURM_JOB_ID" not in given or "SLURM_JOB_NODELIST" not in given:
             raise UserError("this is no Slurm job (SLURM_JOB_ID is not set); submit with llm-launch slurm or sbatch")
         return cls(
@@ -57,16 +55,16 @@ class Place:
     number: int
     name: str
 
-    VARIABLES: ClassVar = ("SLURM_NODEID", "SLURMD_NODENAME")
-
     @classmethod
-    def read(cls, variables: Mapping[str, str] | None = None) -> Place:
-        """Where this process is."""
-        given = os.environ if variables is None else variables
-        number, name = (given.get(each) for each in cls.VARIABLES)
-        if number is None:
+    def read(cls) -> Place:
+        """Where this process is.
+
+        Raises:
+            UserError: it was not started by srun.
+        """
+        if "SLURM_NODEID" not in os.environ:
             raise UserError("SLURM_NODEID is not set: this is started by srun inside a job, by nobody else")
-        return cls(int(number), name or socket.gethostname())
+        return cls(int(os.environ["SLURM_NODEID"]), os.environ.get("SLURMD_NODENAME", socket.gethostname()))
 
 
 def meeting_address(interface: str, node: str, is_here: bool) -> str:

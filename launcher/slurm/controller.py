@@ -23,6 +23,7 @@ _SILENCE = (
     *("timed out", "Unable to contact slurm controller", "Connection refused", "Connection reset", "Zero Bytes"),
     *("Communication connection failure", "No route to host", "Host is down", "backup controller"),
 )
+_NO_CLUSTER = "Could not establish a configuration source"
 _UNKNOWN_JOB = ("Invalid job id", "Invalid job array")
 _SEPARATOR = "|"
 
@@ -112,6 +113,10 @@ def ask(*words: str, text: str | None = None, seconds: float = _SECONDS) -> str:
         raise ControllerSilent(f"{command}: Slurm has not answered for {seconds:.0f} s; try again later") from None
     if said.returncode == 0:
         return said.stdout
+    if _NO_CLUSTER in said.stderr:
+        raise UserError(
+            f"{command} finds no cluster from this machine (no slurm.conf); go to a login node of the cluster"
+        )
     complaint = _complaint(said.stderr or said.stdout)
     if any(sign.lower() in said.stderr.lower() for sign in _SILENCE):
         raise ControllerSilent(f"{command}: Slurm's controller does not answer ({complaint}); try again later")
