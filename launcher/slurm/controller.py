@@ -115,7 +115,7 @@ def ask(*words: str, text: str | None = None, seconds: float = _SECONDS) -> str:
         return said.stdout
     if _NO_CLUSTER in said.stderr:
         raise UserError(
-            f"{command} finds no cluster from this machine (no slurm.conf); go to a login node of the cluster"
+            f"{command} finds no cluster from here (no slurm.conf); go to a login node of one"
         )
     complaint = _complaint(said.stderr or said.stdout)
     if any(sign.lower() in said.stderr.lower() for sign in _SILENCE):
