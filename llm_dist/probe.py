@@ -17,12 +17,13 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from llm_dist import runtime
 from llm_dist.errors import UserError, exit_code_of
@@ -83,6 +84,8 @@ class AllReduce:
     """Elements of the sum that were not what they had to be, exactly."""
     bus_bytes_per_second: float | None
     """What each rank sent, and received, if the ranks form a ring (as nccl-tests count it); None on one rank."""
+    links: dict[str, float] = field(default_factory=dict)
+    """Bytes per second to the first rank of each neighbouring node, by that rank; empty on other ranks."""
 
 
 def all_reduce(here: runtime.Runtime, num_bytes: int) -> AllReduce:
@@ -112,6 +115,39 @@ def all_reduce(here: runtime.Runtime, num_bytes: int) -> AllReduce:
     )
 
 
+def links(here: runtime.Runtime, num_bytes: int) -> dict[str, float]:
+    """Rates between the first ranks of neighbouring nodes, which stand in a ring; collective: all ranks call this.
+
+    Links without a common end are measured at the same time.
+    """
+    firsts = _first_ranks(here)
+    pairs = list(zip(firsts, [*firsts[1:], *firsts[:1]], strict=True))[: len(firsts) if len(firsts) > 2 else 1]
+    groups = [dist.new_group(list(pair)) for pair in pairs] if len(firsts) > 1 else []
+    values, found = torch.ones(num_bytes // 4, device=here.device), {}
+    for turn in (pairs[0::2], pairs[1::2]) if groups else ():
+        here.barrier()
+        for pair in turn:
+            if here.rank in pair:
+                seconds = [_timed(values, groups[pairs.index(pair)], here.device) for _ in range(1 + _REPEATS)][1:]
+                found[str(sum(pair) - here.rank)] = values.nbytes / statistics.median(seconds)
+    here.barrier()
+    return found
+
+
+def _first_ranks(here: runtime.Runtime) -> list[int]:
+    """One of each node."""
+    is_first = torch.zeros(here.ranks, dtype=torch.int64)
+    is_first[here.rank] = here.local_rank == 0
+    return here.sum(is_first).nonzero().flatten().tolist()
+
+
+def _timed(values: torch.Tensor, group: dist.ProcessGroup, device: torch.device) -> float:
+    before = time.perf_counter()
+    dist.all_reduce(values, group=group)
+    _finish(device)
+    return time.perf_counter() - before
+
+
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -132,7 +168,8 @@ def _probe_network(out: Path, megabytes: float | None, least: float, seconds: fl
     try:
         here = runtime.start(timeout=timedelta(seconds=seconds))
         default = 256 if here.device.type == "cuda" else 16
-        found = all_reduce(here, int((megabytes or default) * 1e6))
+        num_bytes = int((megabytes or default) * 1e6)
+        found = replace(all_reduce(here, num_bytes), links=links(here, num_bytes))
     except (RuntimeError, TimeoutError) as error:
         if (lost := _no_answer(error)) is None:
             raise

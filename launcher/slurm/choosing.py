@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.attempts import read_table
 from launcher.preflight.check import VERDICT
 from launcher.preflight.exclusions import exclude, excluded
+from launcher.preflight.network import judge_network, read_reports
 from launcher.watching import say
 
 _SECONDS = 300.0
@@ -71,12 +73,37 @@ def check(
         return Choice(
             (), mistake=f"the check of the nodes came to no verdict; {run}/slurm/job_*.log says how far it got"
         )
-    for fault in verdict["faults"]:
-        if fault["blamed"]:
-            for node in fault["nodes"]:
-                say(f"{node} is kept out for {hours:g} hours: {fault['what']}")
-                exclude(run, node, fault["what"], time.time())
-    unsolved = [fault for fault in verdict["faults"] if not fault["blamed"]]
+    return _after(verdict["faults"], run, nodes, wanted, hours)
+
+
+def check_network(
+    run: Path,
+    nodes: Sequence[str],
+    choice: Choice,
+    hours: float,
+    command: Sequence[str],
+    out: Path,
+    ranks_per_node: int,
+) -> Choice:
+    """Have the ranks of the chosen nodes sum over the network, and exclude nodes that are to blame for what is wrong.
+
+    `command` starts them; they write into `out`. A spare that takes the place of a bad node is not checked again.
+    """
+    try:
+        subprocess.run(command, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        say(f"the check of the network has not ended within {_SECONDS:.0f} s")
+    faults = [asdict(each) for each in judge_network(read_reports(out), choice.nodes, ranks_per_node)]
+    return _after(faults, run, nodes, len(choice.nodes), hours)
+
+
+def _after(faults: Sequence[Mapping[str, Any]], run: Path, nodes: Sequence[str], wanted: int, hours: float) -> Choice:
+    """Keep the blamed nodes out; the choice among the others, or the faults that nobody is blamed for."""
+    for fault in faults:
+        for node in fault["nodes"] if fault["blamed"] else ():
+            say(f"{node} is kept out for {hours:g} hours: {fault['what']}")
+            exclude(run, node, fault["what"], time.time())
+    unsolved = [fault for fault in faults if not fault["blamed"]]
     if unsolved:
         return Choice((), mistake="; ".join(f"{', '.join(each['nodes'])}: {each['what']}" for each in unsolved))
     return choose(run, nodes, wanted, hours)

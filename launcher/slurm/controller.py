@@ -114,9 +114,7 @@ def ask(*words: str, text: str | None = None, seconds: float = _SECONDS) -> str:
     if said.returncode == 0:
         return said.stdout
     if _NO_CLUSTER in said.stderr:
-        raise UserError(
-            f"{command} finds no cluster from here (no slurm.conf); go to a login node of one"
-        )
+        raise UserError(f"{command} finds no cluster from here (no slurm.conf); go to a login node of one")
     complaint = _complaint(said.stderr or said.stdout)
     if any(sign.lower() in said.stderr.lower() for sign in _SILENCE):
         raise ControllerSilent(f"{command}: Slurm's controller does not answer ({complaint}); try again later")

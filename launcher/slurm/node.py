@@ -22,6 +22,16 @@ from launcher.watching import Failure, StopRequests, watch
 from llm_dist.errors import Exit
 
 _OUTPUTS = (1, 2)
+_PROBE_SECONDS = 60.0
+"""How long ranks wait for one another in the check of the network."""
+
+
+def probe_network(out: Path, world: World, attempt: int, seconds: float) -> int:
+    """Have the ranks of this node sum a known pattern with all others; what they find they write into `out`."""
+    command = [sys.executable, "-m", "llm_dist.probe", "all-reduce", "--out", str(out), "--seconds", str(seconds)]
+    with start(command, world, out, attempt) as ranks:
+        ranks.wait(3 * seconds)
+    return 0
 
 
 def run_node(run: Path, number: int, attempt: int, world: World, place: Place, accepted: list[str]) -> int:
@@ -58,10 +68,13 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--address", required=True)
     parser.add_argument("--accept", action="append", default=[])
+    parser.add_argument("--probe", type=Path, help="check the network and write here, instead of training")
     given = parser.parse_args()
     place, here = Place.read(), given.ranks_per_node
     interface = "lo" if given.nodes == 1 else interface_to(given.address)
     world = World(given.nodes * here, here, given.port, place.number * here, given.address, interface)
+    if given.probe is not None:
+        return probe_network(given.probe, world, given.attempt, _PROBE_SECONDS)
     return run_node(given.run, given.start, given.attempt, world, place, given.accept)
 
 

@@ -59,8 +59,10 @@ def on_each(terms: Terms, allocation: Allocation, nodes: Sequence[str]) -> list[
     return [*words, *terms.step, *terms.wrapper, terms.python, "-m"]
 
 
-def ranks_command(terms: Terms, allocation: Allocation, nodes: Sequence[str], number: int) -> list[str]:
-    """What starts all ranks.
+def ranks_command(
+    terms: Terms, allocation: Allocation, nodes: Sequence[str], number: int, probe: Path | None = None
+) -> list[str]:
+    """What starts all ranks, to train or, with `probe`, to check the network and report into that folder.
 
     Raises:
         UserError: the first node has no address at which others reach it.
@@ -73,6 +75,7 @@ def ranks_command(terms: Terms, allocation: Allocation, nodes: Sequence[str], nu
     words += ["--start", str(number), "--attempt", str(next_attempt(terms.run))]
     words += ["--ranks-per-node", str(terms.ranks_per_node)]
     words += [word for key in terms.accepted for word in ("--accept", key)]
+    words += ["--probe", str(probe)] if probe is not None else []
     return [*on_each(terms, allocation, nodes), *words]
 
 

@@ -21,7 +21,7 @@ from launcher.attempts import describe_checkpoint, latest_complete_step, next_at
 from launcher.preflight.exclusions import exclude, excluded
 from launcher.slurm import controller, starts
 from launcher.slurm.allocation import Allocation
-from launcher.slurm.choosing import Choice, check, choose
+from launcher.slurm.choosing import Choice, check, check_network, choose
 from launcher.slurm.controller import ControllerSilent, SlurmRefused
 from launcher.slurm.decide import Action, Asked, Decision, decide
 from launcher.slurm.freeze import PACKAGES
@@ -83,7 +83,12 @@ class Supervisor:
         def words(names: Sequence[str]) -> list[str]:
             return on_each(terms, allocation, names)
 
-        return check(self._run, nodes, terms.nodes, terms.exclude_hours, words, allocation.incarnation)
+        choice = check(self._run, nodes, terms.nodes, terms.exclude_hours, words, allocation.incarnation)
+        if len(choice.nodes) < max(2, terms.nodes):
+            return choice
+        out = self._run / "preflight" / allocation.incarnation / "network"
+        command = ranks_command(terms, allocation, choice.nodes, 0, probe=out)
+        return check_network(self._run, nodes, choice, terms.exclude_hours, command, out, terms.ranks_per_node)
 
     def _without_ranks(self, choice: Choice) -> Decision | None:
         """Why the ranks cannot or need not be started, if so."""

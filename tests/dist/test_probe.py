@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 
 from launcher.ports import choose_port
-from llm_dist.probe import AllReduce, all_reduce, fault
+from llm_dist.probe import AllReduce, all_reduce, fault, links
 from llm_dist.runtime import Runtime
 from tests.dist.ranks import Ranks
 
@@ -34,6 +34,18 @@ def sound(here: Runtime) -> AllReduce:
     return all_reduce(here, 1_000_000)
 
 
+def links_of_four_nodes(here: Runtime) -> dict[str, float]:
+    return links(Runtime(here.rank, here.ranks, 0, here.device), 100_000)
+
+
+def links_of_two_nodes(here: Runtime) -> dict[str, float]:
+    return links(Runtime(here.rank, here.ranks, here.rank % 2, here.device), 100_000)
+
+
+def links_of_one_node(here: Runtime) -> dict[str, float]:
+    return links(Runtime(here.rank, here.ranks, here.rank, here.device), 100_000)
+
+
 def one_flips(here: Runtime) -> AllReduce:
     flipping = Flipping(here.rank, here.ranks, here.local_rank, here.device)
     return all_reduce(flipping if here.rank == 1 else here, 1_000_000)
@@ -44,6 +56,15 @@ def test_sums_are_exact_and_timed(group_of: Callable[[int], Ranks]) -> None:
     assert [(each.rank, each.ranks, each.num_wrong) for each in found] == [(rank, 4, 0) for rank in range(4)]
     assert all(each.bus_bytes_per_second and each.bus_bytes_per_second > 1e5 for each in found)
     assert [fault(each, 1e5) for each in found] == [None] * 4
+
+
+def test_links_join_neighbouring_nodes_in_a_ring(group_of: Callable[[int], Ranks]) -> None:
+    found = group_of(4).run(links_of_four_nodes)
+    assert [sorted(each) for each in found] == [["1", "3"], ["0", "2"], ["1", "3"], ["0", "2"]]
+    assert all(rate > 1e5 for each in found for rate in each.values())
+    found = group_of(4).run(links_of_two_nodes)
+    assert [sorted(each) for each in found] == [["2"], [], ["0"], []]
+    assert group_of(4).run(links_of_one_node) == [{}] * 4
 
 
 def test_a_wrong_element_is_a_fault_of_the_rank_that_has_it(group_of: Callable[[int], Ranks]) -> None:

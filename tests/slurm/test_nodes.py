@@ -41,6 +41,8 @@ def test_a_spare_takes_the_place_of_a_node_whose_clock_is_wrong(submitted, late)
     [excluded] = json.loads((submitted.run / "slurm" / "excluded.json").read_text())
     assert excluded["node"] == late and "clock" in excluded["reason"]
     assert f"{late} is kept out" in submitted.log()
+    [report] = submitted.run.glob("preflight/*/network/rank_00000.json")
+    assert json.loads(report.read_text())["links"].keys() == {"1"}, "the network was checked between the nodes chosen"
     script = submitted.launch(
         *("slurm", submitted.run, "--nodes", "2", "--ranks-per-node", "1", "--time", "10", "--dry-run"),
         *("--site", submitted.site, "run.steps=30"),
