@@ -148,6 +148,22 @@ def test_a_job_held_after_a_failed_prolog_is_explained_and_let_go(
     submitted.finish()
 
 
+def test_accounts_are_known_before_the_queue_and_remember_what_the_queue_forgets(
+    start_cluster: Callable[[Shape], Cluster], run_file: Path, run_folder: Path
+) -> None:
+    cluster = start_cluster(Shape(nodes=1, accounting=True, extra="MinJobAge=2"))
+    cluster.run("sacctmgr", "-i", "add", "account", "lab")
+    cluster.run("sacctmgr", "-i", "add", "user", "root", "account=lab")
+    submitted = Submitted(cluster, run_file, run_folder)
+    assert "--account nix is not one of yours: lab" in refusal(submitted, "--account", "nix")
+    submitted.submit("run.steps=1", "optim.warmup_steps=0", options=["--time", "10", "--account", "lab"])
+    submitted.wait_until(
+        lambda: cluster.run("squeue", "--noheader", "--states=all", "--me") == "", 90, "it is forgotten"
+    )
+    found = submitted.status()["slurm"]
+    assert (found["job"], found["state"], found["words"]) == (submitted.job, "COMPLETED", "its job came to its end")
+
+
 def test_sixteen_nodes_of_eight_gpus_are_accepted_and_cost_no_more_requests_than_two(
     start_cluster: Callable[[Shape], Cluster], run_file: Path, run_folder: Path
 ) -> None:

@@ -17,6 +17,7 @@ from launcher.attempts import latest_complete_step
 from tests.e2e.commands import run as run_command
 from tests.e2e.commands import state_at_end
 from tests.slurm.cluster import Cluster
+from tests.slurm.settings import Shape
 from tests.slurm.submitted import LAUNCH, RANKS, Submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
@@ -98,6 +99,20 @@ def test_preempted_it_saves_and_makes_way(submitted, undisturbed) -> None:
     submitted.wait_for_requeue()
     assert_same_end(submitted, undisturbed)
     assert submitted.actions()[-1] == "finish"
+
+
+def test_preempted_where_the_site_sends_the_users_signal_it_makes_way_by_itself(
+    start_cluster: Callable[[Shape], Cluster], run_file: Path, run_folder: Path, undisturbed
+) -> None:
+    cluster = start_cluster(Shape(nodes=2, extra="SlurmctldParameters=preempt_send_user_signal"))
+    submitted = Submitted(cluster, run_file, run_folder)
+    submitted.submit(*WORDS, options=[*RANKS, "--partition", "spot"])
+    submitted.wait_for_step(25)
+    other = cluster.run("sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    cluster.wait_for_state(other.strip(), "COMPLETED", 60)
+    submitted.wait_for_requeue()
+    assert_same_end(submitted, undisturbed)
+    assert "asked to end (limit)" in submitted.log() and submitted.actions() == ["requeue", "finish"]
 
 
 def test_requeued_by_hand_it_goes_on(submitted, undisturbed) -> None:
