@@ -25,13 +25,14 @@ from launcher.slurm.choosing import Choice, check, check_network, choose
 from launcher.slurm.controller import ControllerSilent, SlurmRefused
 from launcher.slurm.decide import Action, Asked, Decision, decide
 from launcher.slurm.freeze import PACKAGES
-from launcher.slurm.starts import RankFailure
+from launcher.slurm.starts import NodeEnd
 from launcher.slurm.step import Step, Terms, on_each, ranks_command
 from launcher.watching import say
 from llm_dist import config
 from llm_dist.errors import Exit, exit_code_of
 
-_ASK_AGAIN_SECONDS = 10.0
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_ASK_AGAIN_SECONDS = 2.0
 _REQUEUE_SECONDS = 600.0
 """How long the controller may be silent when the job is to be queued again, and how long Slurm may take to do it."""
 
@@ -41,13 +42,16 @@ class Requests:
 
     def __init__(self) -> None:
         self.asked: Asked | None = None
-        self.is_deaf = False
-        """Set once the job is being queued again: Slurm then ends us with the same signal that a user sends."""
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             signal.signal(number, self._hear)
 
+    def ignore(self) -> None:
+        """From now on, also in the commands we run: Slurm ends all of a job that it queues again, as a user would."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _hear(self, number: int, _frame: FrameType | None) -> None:
-        if not self.is_deaf and self.asked != Asked.STOP:
+        if self.asked != Asked.STOP:
             self.asked = Asked.LIMIT if number == signal.SIGUSR1 else Asked.STOP
 
 
@@ -117,10 +121,9 @@ class Supervisor:
         say(f"start {number}: {len(nodes)} nodes ({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''})")
         command = ranks_command(self._terms, self._allocation, nodes, number)
         Step(command, self._terms, self._allocation, number, len(nodes)).see_to_the_end(self._asked)
-        ends, now = starts.read_node_ends(self._run, number), latest_complete_step(self._run) or 0
+        ends = [self._with_blame(end, nodes) for end in starts.read_node_ends(self._run, number)]
+        now = latest_complete_step(self._run) or 0
         decision = decide(ends, nodes, self._requests.asked, before, now > step, self._terms.max_failures)
-        if decision.failure is not None:
-            decision = replace(decision, failure=self._blamed(decision.failure, nodes))
         told = {"ended": time.time(), "step_after": now, "outcome": decision.outcome, "action": decision.action}
         starts.end(self._run, number, {**told, "failure": decision.failure and vars(decision.failure)})
         return decision
@@ -132,14 +135,15 @@ class Supervisor:
             self._requests.asked = Asked.LIMIT
         return self._requests.asked
 
-    def _blamed(self, failure: RankFailure, nodes: tuple[str, ...]) -> RankFailure:
+    def _with_blame(self, end: NodeEnd, nodes: tuple[str, ...]) -> NodeEnd:
         """A hang is noticed by those that wait: name who is at fault."""
-        if failure.code != Exit.HANG:
-            return failure
+        failure = end.failure
+        if failure is None or failure.code != Exit.HANG:
+            return end
         verdict = read_table(self._run / "heartbeats" / f"verdict_{next_attempt(self._run) - 1:04d}.json") or {}
         at_fault = verdict.get("ranks") or [failure.rank]
         rank = int(at_fault[0])
-        return replace(failure, rank=rank, node=nodes[rank // self._terms.ranks_per_node])
+        return replace(end, failure=replace(failure, rank=rank, node=nodes[rank // self._terms.ranks_per_node]))
 
     def _finish(self, decision: Decision) -> int:
         """Leave the job in the state that the decision asks for."""
@@ -154,7 +158,7 @@ class Supervisor:
             say("this job is not queued again: the next of its chain goes on, or llm-launch resume does")
             return Exit.DONE
         job, bad = self._allocation.job, excluded(self._run, time.time(), self._terms.exclude_hours)
-        self._requests.is_deaf = True
+        self._requests.ignore()
         try:
             _insist(lambda: controller.requeue(job))
             if bad:

@@ -169,6 +169,22 @@ def test_a_stopped_rank_is_found_named_and_all_start_again(submitted, undisturbe
     assert "hang: rank 1" in failure.cause
 
 
+def test_a_node_at_fault_in_two_hangs_running_is_kept_out(submitted, undisturbed) -> None:
+    submitted.submit(*WORDS, "watch.hang_seconds=4")
+    for count in (1, 2):
+        submitted.wait_until(lambda count=count: len(submitted.starts()) == count, 90, f"start {count}")
+        submitted.wait_for_rank("node2")
+        submitted.wait_for_sign_of_life()
+        submitted.wait_for_step(count)
+        submitted.kill_rank("node2", signal.SIGSTOP)
+    submitted.wait_for_state("PENDING", seconds=90)
+    submitted.wait_until(lambda: submitted.cluster.job(submitted.job)["ExcNodeList"] == "node2", 5, "Slurm knows")
+    submitted.wait_for_requeue()
+    assert_same_end(submitted, undisturbed)
+    assert submitted.actions() == ["restart", "requeue", "finish"]
+    assert submitted.starts()[-1].nodes == ("node1", "node3")
+
+
 def test_a_worker_without_power_is_left_and_the_run_goes_on_elsewhere(submitted, undisturbed) -> None:
     submitted.submit(*WORDS)
     submitted.wait_for_step(25)
