@@ -2,6 +2,7 @@
 
 python -m benchmarks                 the quick suites: loader, corpus, remote, tokenize, saving, step
 python -m benchmarks ngram           half an hour: a trained model against a 5-gram
+python -m benchmarks launching       five minutes, root and Slurm: one launcher per node against one task per rank
 python -m benchmarks --gpu           the step of larger models on one GPU
 """
 
@@ -17,8 +18,8 @@ from typing import Any
 
 import torch
 
-SUITES = ("loader", "corpus", "remote", "tokenize", "saving", "step", "ngram")
-QUICK = SUITES[:-1]
+SUITES = ("loader", "corpus", "remote", "tokenize", "saving", "step", "ngram", "launching")
+QUICK = SUITES[:-2]
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def _measure(name: str, on_gpu: bool, overrides: list[str]) -> Any:
-    if name in ("loader", "corpus", "remote", "tokenize", "saving"):
+    if name in ("loader", "corpus", "remote", "tokenize", "saving", "launching"):
         return importlib.import_module(f"benchmarks.{name}").measure()
     if name == "ngram":
         from benchmarks import ngram

@@ -91,8 +91,8 @@ def status(
         from launcher.slurm import standing
         from launcher.status import read_status, render
 
-        found = read_status(meant(run))
-        job = standing.look(meant(run))
+        folder = meant(run)
+        found, job = read_status(folder), standing.look(folder)
         if as_json:
             _print_json({**asdict(found), "slurm": job and asdict(job)})
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -25,9 +26,8 @@ def path_of(run: Path, rank: int | None) -> Path:
         path = log_path(run / "logs", rank)
         if not path.is_file():
             known = len(list((run / "logs").glob("rank_*.log")))
-            raise UserError(
-                f"{path} does not exist: " + (f"ranks 0 to {known - 1} have logs" if known else "none began")
-            )
+            words = f"ranks 0 to {known - 1} have one" if known else "no rank has begun"
+            raise UserError(f"{path} does not exist: {words}")
         return path
     jobs = sorted((run / "slurm").glob("job_*.log"), key=lambda path: path.stat().st_mtime)
     if not jobs:
@@ -35,17 +35,19 @@ def path_of(run: Path, rank: int | None) -> Path:
     return jobs[-1]
 
 
-def last_lines(path: Path, count: int) -> list[str]:
-    """The newest lines."""
+def show(path: Path, count: int, is_followed: bool) -> None:
+    """Copy the newest lines to standard output and, where it is followed, what it gains, until the user has enough."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL_BYTES))
-        return file.read().decode("utf-8", errors="replace").splitlines()[-count:]
+        text = file.read(size).decode("utf-8", errors="replace")
+    sys.stdout.write("".join(text.splitlines(keepends=True)[-count:] if count else []))
+    sys.stdout.flush()
+    if is_followed:
+        _follow(Follower(path, size, sys.stdout))
 
 
-def follow(path: Path) -> None:
-    """Copy to standard output what the log gains, until the user has seen enough."""
-    follower = Follower(path, path.stat().st_size)
+def _follow(follower: Follower) -> None:
     try:
         while True:
             follower.show()

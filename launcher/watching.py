@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from launcher.attempts import hang_verdict
 from launcher.ranks import Ranks
@@ -84,15 +84,17 @@ class StopRequests:
 class Follower:
     """Shows what a log gains."""
 
-    def __init__(self, path: Path, from_bytes: int) -> None:
+    def __init__(self, path: Path, from_bytes: int, to: TextIO | None = None) -> None:
+        """`to`: standard error when None."""
+        self._to = to or sys.stderr
         self._file = path.open("rb")
         self._file.seek(from_bytes)
 
     def show(self) -> None:
-        """Copy what is new to standard error."""
+        """Copy what is new."""
         if new := self._file.read():
-            sys.stderr.write(new.decode("utf-8", errors="replace"))
-            sys.stderr.flush()
+            self._to.write(new.decode("utf-8", errors="replace"))
+            self._to.flush()
 
     def close(self) -> None:
         """Show the rest and let go of the file."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FLOORS = (
-    ("errors", "batch", "rows", "fingerprint"),
+    ("errors", "batch", "rows", "fingerprint", "publishing"),
     ("config", "runtime"),
     ("model", "tokenizer", "optim"),
     ("plan", "objectives", "metrics"),

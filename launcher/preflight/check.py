@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from launcher.preflight.facts import NodeFacts, from_json, measure
 from launcher.preflight.judge import Fault, Limits, judge
 from launcher.preflight.shared import Meeting, wait_for
-from launcher.publishing import publish
 from llm_dist.errors import UserError
+from llm_dist.publishing import publish
 
 VERDICT = "verdict.json"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from launcher.publishing import publish
 from llm_dist.errors import UserError
+from llm_dist.publishing import publish
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from launcher.attempts import read_table
 from launcher.preflight.judge import Fault
 
 LEAST_SHARE = 0.5
-"""Of the median node's rate, below which a node or a link is slow. Rates over gloo scatter by a third."""
+"""Of the median node's rate, below which a node or a link is slow."""
 _FEWEST_NODES = 3
 """From which on a median tells who is the odd one."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -157,11 +157,7 @@ def logs(
         from launcher import logs as reading
         from launcher.listing import meant
 
-        path = reading.path_of(meant(run), None if job else rank)
-        for line in reading.last_lines(path, lines) if lines else ():
-            print(line, flush=True)
-        if follow:
-            reading.follow(path)
+        reading.show(reading.path_of(meant(run), None if job else rank), lines, follow)
         return Exit.DONE
 
     raise typer.Exit(exit_code_of(action))
@@ -177,9 +173,11 @@ def list_runs(
         from dataclasses import asdict
 
         from launcher.listing import line_of, statuses
-        from launcher.slurm.standing import look
+        from launcher.slurm import standing
 
-        found = [(each, look(Path(each.run))) for each in statuses(folder)]
+        runs = statuses(folder)
+        queue = standing.queue_of([Path(each.run) for each in runs])
+        found = [(each, standing.look(Path(each.run), queue)) for each in runs]
         if as_json:
             print(json.dumps([{**asdict(each), "slurm": job and asdict(job)} for each, job in found]))
         else:
@@ -200,8 +198,8 @@ def tokenize_at_scale(
     time: Annotated[str, typer.Option(help="Time limit of a task.")] = "60",
     at_once: Annotated[int | None, typer.Option(min=1, help="Most tasks that may run at the same time.")] = None,
     holdout: Annotated[float, typer.Option(help="Share of the text held out for evaluation.")] = 0.01,
-    split: Annotated[str, typer.Option(help="What a document is in .txt: file, blank-line or line.")] = "file",
-    on_bad: Annotated[str, typer.Option(help="At a broken record: stop, or skip and count it.")] = "stop",
+    split: Annotated[Literal["file", "blank-line", "line"], typer.Option(help="What a document is in .txt.")] = "file",
+    on_bad: Annotated[Literal["stop", "skip"], typer.Option(help="At a broken record.")] = "stop",
     seed: int = 0,
     partition: str = "",
     account: str = "",

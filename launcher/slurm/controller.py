@@ -102,7 +102,11 @@ def ask(*words: str, text: str | None = None, seconds: float = _SECONDS) -> str:
         SlurmRefused: the answer is no.
         UserError: there is no Slurm here.
     """
-    command, *_ = words
+    return _run(words, text, seconds).stdout
+
+
+def _run(words: Sequence[str], text: str | None, seconds: float) -> subprocess.CompletedProcess[str]:
+    command = words[0]
     try:
         said = subprocess.run(
             words, input=text, capture_output=True, text=True, timeout=seconds, env=clean_environment(), check=False
@@ -112,7 +116,7 @@ def ask(*words: str, text: str | None = None, seconds: float = _SECONDS) -> str:
     except subprocess.TimeoutExpired:
         raise ControllerSilent(f"{command}: Slurm has not answered for {seconds:.0f} s; try again later") from None
     if said.returncode == 0:
-        return said.stdout
+        return said
     if _NO_CLUSTER in said.stderr:
         raise UserError(f"{command} finds no cluster from here (no slurm.conf); go to a login node of one")
     complaint = _complaint(said.stderr or said.stdout)
@@ -187,15 +191,11 @@ def would_start(script: str) -> str:
     Raises:
         SlurmRefused: it never could.
     """
-    said = subprocess.run(
-        ["sbatch", "--test-only"], input=script, capture_output=True, text=True, env=clean_environment(), check=False
-    )
-    words = _complaint(said.stderr.replace("sbatch: ", ""))
-    if any(sign.lower() in words.lower() for sign in _SILENCE):
-        raise ControllerSilent(f"sbatch: Slurm's controller does not answer ({words}); try again later")
-    if said.returncode != 0:
-        raise SlurmRefused(words.removeprefix("allocation failure: "))
-    return words
+    try:
+        said = _run(["sbatch", "--test-only"], script, _SECONDS)
+    except SlurmRefused as error:
+        raise SlurmRefused(str(error).replace("allocation failure: ", "")) from None
+    return _complaint(said.stderr.replace("sbatch: ", ""))
 
 
 def requeue(number: str) -> None:

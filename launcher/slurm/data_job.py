@@ -8,6 +8,7 @@ A task that is killed or requeued does only its own part again. Submitted again,
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import os
@@ -19,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from launcher.attempts import read_table
-from launcher.publishing import publish
 from launcher.slurm import controller, freeze
+from launcher.slurm.reasons import in_words
 from launcher.slurm.script import COMMENT, in_slurm_words, quoted
 from launcher.slurm.site import Site
+from llm_dist import tokenizer
 from llm_dist.data.folder import DATASET
 from llm_dist.data.inputs import find_files
 from llm_dist.errors import UserError
+from llm_dist.publishing import publish
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,25 @@ def prepare(wanted: Wanted, site: Site, code: Path) -> Plan:
     if before is not None and before != asked:
         differs = ", ".join(sorted(key for key in asked if asked[key] != before.get(key)))
         raise UserError(f"{out} holds tasks of another {differs}; choose another --out")
-    if not wanted.tokenizer.is_dir():
-        raise UserError(f"--tokenizer {wanted.tokenizer}: no such folder")
+    tokenizer.load(wanted.tokenizer)  # refuses what is none
+    if not 0 <= wanted.holdout < 1:
+        raise UserError(f"--holdout {wanted.holdout}: must be a share of the text, at least 0 and below 1")
     tasks = len(asked["inputs"])
     missing = tuple(task for task in range(tasks) if not (part_folder(out, task) / "train" / DATASET).is_file())
     return Plan(out, tasks, missing, render(wanted, out, missing, site, code))
 
 
 def submit(plan: Plan, wanted: Wanted, site: Site) -> str:
-    """Write the tasks down and queue those that are missing; the job's number."""
+    """Write the tasks down and queue those that are missing; the job's number.
+
+    Raises:
+        UserError: they are queued already, the folder cannot be written, or Slurm refuses.
+    """
+    for job in controller.own_jobs():
+        if job.comment == _comment(plan.out) and job.is_alive:
+            raise UserError(
+                f"{plan.out} has job {job.number} already, which {in_words(job)}; wait for it or scancel it"
+            )
     try:
         (plan.out / "logs").mkdir(parents=True, exist_ok=True)
         publish(plan.out / "tasks.json", json.dumps(_asked(wanted), indent=1) + "\n")
@@ -119,14 +132,30 @@ def shares(sizes: Mapping[str, int], tasks: int) -> list[list[str]]:
     return [sorted(each) for each in found]
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as Slurm writes them: `0-9,12`."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in found)
+
+
+def _comment(out: Path) -> str:
+    """By which the jobs of a folder are found again."""
+    return f"{COMMENT}tokenize:{hashlib.sha256(str(out).encode()).hexdigest()[:16]}"
+
+
 def render(wanted: Wanted, out: Path, missing: Sequence[int], site: Site, code: Path) -> str:
     """The array script."""
     limit = f"%{wanted.most_at_once}" if wanted.most_at_once else ""
     python = site.python or sys.executable
     options = [
         f"--job-name=llm_dist-tokenize-{out.name}",
-        f"--comment={COMMENT}tokenize",
-        f"--array={','.join(map(str, missing))}{limit}",
+        f"--comment={_comment(out)}",
+        f"--array={ranges(missing)}{limit}",
         "--ntasks=1",
         f"--cpus-per-task={wanted.cpus}",
         f"--time={in_slurm_words(wanted.minutes)}",

@@ -46,6 +46,7 @@ def wanted_again(run: Path, overrides: Sequence[str], accepted: Sequence[str]) -
         account=shape["account"],
         qos=shape["qos"],
         constraint=shape["constraint"],
+        image=last.image,
         spares=shape["spares"],
         chain=last.chain,
         has_live_code=last.code == str(PACKAGES),

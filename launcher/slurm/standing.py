@@ -5,6 +5,7 @@ From the queue, else the accounts, else our own files: whichever answers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,11 @@ class Standing:
     """Of the last start, if it failed."""
 
 
-def look(run: Path) -> Standing | None:
-    """None for a run that was never submitted."""
+def look(run: Path, queue: Sequence[Job] | None = None) -> Standing | None:
+    """None for a run that was never submitted.
+
+    `queue` is what `controller.own_jobs` has said, for who looks at many runs: Slurm is not asked again.
+    """
     submissions = all_submissions(run)
     history = starts.read_all(run)
     if not submissions and not history:
@@ -47,8 +51,8 @@ def look(run: Path) -> Standing | None:
     last = history[-1] if history else None
     known = [number for each in submissions for number in each.jobs] + ([last.job] if last else [])
     try:
-        alive = live_jobs(run)
-        job = alive[0] if alive else controller.job(known[-1]) if known else None
+        alive = live_jobs(run, queue)
+        job = alive[0] if alive else _ended(known[-1], queue) if known else None
         words = in_words(job) if job else _from_files(last)
     except UserError as error:
         alive, job, words = [], None, f"{_from_files(last)} ({error})"
@@ -63,6 +67,23 @@ def look(run: Path) -> Standing | None:
         last_action=_last_action(history),
         failure=last.failure if last is not None and ended else None,
     )
+
+
+def queue_of(runs: Sequence[Path]) -> list[Job]:
+    """The user's jobs, asked for once; none where no run was submitted or Slurm does not answer."""
+    if not any(all_submissions(run) for run in runs):
+        return []
+    try:
+        return controller.own_jobs()
+    except UserError as error:
+        print(f"llm-launch: {error}", file=sys.stderr)
+        return []
+
+
+def _ended(number: str, queue: Sequence[Job] | None) -> Job | None:
+    if queue is None:
+        return controller.job(number)
+    return next((job for job in queue if job.number == number), None)
 
 
 def lines(found: Standing) -> list[str]:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.attempts import read_table
-from launcher.publishing import publish
 from launcher.watching import precedence
+from llm_dist.publishing import publish
 
 Outcome = Literal["done", "stopped", "failed"]
 _NAME = re.compile(r"\d{4,}")

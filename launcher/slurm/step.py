@@ -67,16 +67,20 @@ def ranks_command(
     Raises:
         UserError: the first node has no address at which others reach it.
     """
-    first = nodes[0]
-    address = meeting_address(terms.interface, first, is_here=first == allocation.nodes[0])
     words = ["launcher.slurm.node", str(terms.run), "--nodes", str(len(nodes))]
-    words += ["--address", "127.0.0.1" if len(nodes) == 1 else address]
+    words += ["--address", _meeting_address(terms, allocation, nodes)]
     words += ["--port", str(meeting_port(allocation.job, number))]
     words += ["--start", str(number), "--attempt", str(next_attempt(terms.run))]
     words += ["--ranks-per-node", str(terms.ranks_per_node)]
     words += [word for key in terms.accepted for word in ("--accept", key)]
     words += ["--probe", str(probe)] if probe is not None else []
     return [*on_each(terms, allocation, nodes), *words]
+
+
+def _meeting_address(terms: Terms, allocation: Allocation, nodes: Sequence[str]) -> str:
+    if len(nodes) == 1:
+        return "127.0.0.1"
+    return meeting_address(terms.interface, nodes[0], is_here=nodes[0] == allocation.nodes[0])
 
 
 class Step:

@@ -19,7 +19,6 @@ from typing import Any
 from launcher import planning
 from launcher.attempts import heartbeat, is_running, read_table
 from launcher.preflight.exclusions import excluded
-from launcher.publishing import publish
 from launcher.slurm import controller, freeze, script
 from launcher.slurm.check import check_shape
 from launcher.slurm.controller import ControllerSilent, Job
@@ -31,6 +30,7 @@ from llm_dist.checkpoint.layout import latest
 from llm_dist.config_resume import check_owner, check_resume
 from llm_dist.errors import UserError
 from llm_dist.plan import require_little_waste
+from llm_dist.publishing import publish
 
 _LOOK_SECONDS = 2.0
 _LOOKS = 3
@@ -74,6 +74,8 @@ class Submission:
     chain: int
     accepted: list[str]
     code: str
+    image: str = ""
+    """Container image that was typed over the site's."""
     jobs: list[str] = field(default_factory=list)
     """Numbers of its jobs; empty until Slurm has said one."""
 
@@ -90,6 +92,7 @@ def prepare(wanted: Wanted, site: Site) -> tuple[config.Config, Shape, Site]:
     shape = replace(shape, exclude=[each.node for each in excluded(run.run.folder, time.time(), site.exclude_hours)])
     plan = planning.plan_of(run, planning.data_size(run, must_exist=True), shape.ranks)
     require_little_waste(plan.rows, run.plan.max_waste)
+    _adopt_lost(run.run.folder)
     _require_idle(run.run.folder)
     return run, shape, site
 
@@ -107,15 +110,13 @@ def submit(run: config.Config, shape: Shape, site: Site, wanted: Wanted) -> Subm
         UserError: Slurm refuses, or does not answer.
     """
     folder = _folder(run)
-    open_lost = _lost(folder)
     _write_run(run, folder)
     code = freeze.PACKAGES if wanted.has_live_code else freeze.freeze(folder)
-    if open_lost is not None and (found := _look_for(open_lost)):
-        return _complete(folder, replace(open_lost, jobs=found))
     number = len(all_submissions(folder)) + 1
     token = secrets.token_hex(8)
     text = render(run, shape, site, wanted, code, token)
-    facts = Submission(number, token, time.time(), asdict(shape), wanted.chain, list(wanted.accepted), str(code))
+    accepted = list(wanted.accepted)
+    facts = Submission(number, token, time.time(), asdict(shape), wanted.chain, accepted, str(code), wanted.image)
     publish(_path(folder, number, "json"), json.dumps(asdict(facts), indent=1))
     publish(_path(folder, number, "sbatch"), text)
     jobs: list[str] = []
@@ -130,8 +131,10 @@ def all_submissions(run: Path) -> list[Submission]:
     return [Submission(**table) for table in tables if table is not None]
 
 
-def live_jobs(run: Path) -> list[Job]:
+def live_jobs(run: Path, queue: Sequence[Job] | None = None) -> list[Job]:
     """Jobs of the run's submissions that hold or will hold nodes; the one that runs first.
+
+    `queue` is what `controller.own_jobs` has said; asked for when None.
 
     Raises:
         ControllerSilent: Slurm does not answer.
@@ -140,7 +143,8 @@ def live_jobs(run: Path) -> list[Job]:
     tokens = {f"{script.COMMENT}{each.token}" for each in all_submissions(run)}
     if not tokens:
         return []
-    found = [job for job in controller.own_jobs() if job.number in known or job.comment in tokens]
+    asked = controller.own_jobs() if queue is None else queue
+    found = [job for job in asked if job.number in known or job.comment in tokens]
     return sorted((job for job in found if job.is_alive), key=lambda job: (job.is_waiting, int(job.number)))
 
 
@@ -210,10 +214,11 @@ def _folder(run: config.Config) -> Path:
     return Path(os.path.abspath(run.run.folder))  # noqa: PTH100  a link to a faster disk is to stay one
 
 
-def _lost(folder: Path) -> Submission | None:
-    """The last submission, if nobody knows whether Slurm has heard of it."""
-    last = all_submissions(folder)[-1:]
-    return last[0] if last and not last[0].jobs else None
+def _adopt_lost(folder: Path) -> None:
+    """Learn the jobs of the last submission, if nobody knows whether Slurm has heard of it."""
+    for last in all_submissions(folder)[-1:]:
+        if not last.jobs and (found := _look_for(last)):
+            _complete(folder, replace(last, jobs=found))
 
 
 def _queue(text: str, facts: Submission, known: Sequence[str]) -> str:

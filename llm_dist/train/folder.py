@@ -24,6 +24,7 @@ from llm_dist import config, runtime
 from llm_dist.checkpoint import layout
 from llm_dist.config_resume import check_owner, check_resume
 from llm_dist.errors import ResumeRefused, UserError
+from llm_dist.publishing import publish
 
 
 class RunFolder:
@@ -73,7 +74,7 @@ class RunFolder:
         run = run.frozen()
         self.attempts.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        write_atomically(self.config, run.to_json())
+        publish(self.config, run.to_json())
         return run
 
     def _check_data(self, data: Mapping[str, str]) -> None:
@@ -109,7 +110,7 @@ class RunFolder:
             json.dump({"attempt": number, "started": time.time(), "host": socket.gethostname(), **record}, file)
         before = json.loads(self.source.read_text(encoding="utf-8")) if self.source.is_file() else {}
         origin = {name: before[name] for name in ("forked_from",) if name in before}
-        write_atomically(self.source, json.dumps({**_source(data), **origin}, indent=2) + "\n")
+        publish(self.source, json.dumps({**_source(data), **origin}, indent=2) + "\n")
         return number
 
     def _attempt_path(self, number: int) -> Path:
@@ -122,16 +123,6 @@ def what_differs(name: str, now: str | None, before: str) -> str:
     if now is None:
         return f"{what} is missing, but the run read it"
     return f"{what} has fingerprint {now[:12]}, but the run's had {before[:12]}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader sees the old text or the new, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _source(data: Mapping[str, str]) -> dict[str, Any]:

@@ -50,6 +50,15 @@ def test_a_spare_takes_the_place_of_a_node_whose_clock_is_wrong(submitted, late)
     assert f"#SBATCH --exclude={late}" in script
 
 
+def test_the_network_between_three_sound_nodes_has_no_faults(submitted) -> None:
+    submitted.submit(*WORDS, "plan.max_waste=0.2", options=["--nodes", "3", "--ranks-per-node", "1", "--time", "10"])
+    submitted.finish()
+    [start] = submitted.starts()
+    assert start.nodes == ("node1", "node2", "node3")
+    reports = [json.loads(path.read_text()) for path in submitted.run.glob("preflight/*/network/rank_*.json")]
+    assert sorted(len(report["links"]) for report in reports) == [2, 2, 2]
+
+
 def test_without_a_spare_the_job_is_queued_again_and_gets_other_nodes(submitted, late, cluster) -> None:
     submitted.submit(
         *WORDS,

@@ -8,7 +8,7 @@ from llm_dist import config
 from llm_dist.checkpoint.layout import Found
 from llm_dist.errors import ResumeRefused, UserError
 from llm_dist.train import folder as module
-from llm_dist.train.folder import RunFolder, write_atomically
+from llm_dist.train.folder import RunFolder
 
 DATA = {"tokenizer": "e" * 64, "data.train": "d" * 64}
 
@@ -144,11 +144,3 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/tiny: cannot write the run folder: .*; choose another run\.dir"):
         RunFolder(tmp_path / "file" / "tiny").open(run(tmp_path), DATA, [])
-
-
-def test_a_reader_never_sees_half_a_file(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text("old")
-    write_atomically(path, "new")
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]

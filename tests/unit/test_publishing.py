@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from launcher.publishing import publish
+from llm_dist.publishing import publish
 
 
 def test_a_reader_never_finds_half_a_file(tmp_path):
