@@ -85,6 +85,7 @@ def test_slurm_itself_warns_before_the_limit_and_nothing_is_lost(submitted) -> N
         *("run.steps=100000", "checkpoint.every_steps=100000", "data.holdout=[]", "log.every_steps=1000"),
         options=["--nodes", "2", "--ranks-per-node", "1", "--time", "2"],
     )
+    submitted.wait_for_state("RUNNING")
     submitted.wait_for_state("PENDING", seconds=130)
     assert (latest_complete_step(submitted.run) or 0) > 0
     assert submitted.actions() == ["requeue"] and "asked to end (limit)" in submitted.log()
