@@ -23,11 +23,17 @@ class Batch:
     input_ids: Tensor
     """int64 [B, T]."""
     labels: Tensor
-    """int64 [B, T]; `NOT_SCORED` where nothing is predicted."""
+    """int64 [B, T], or [B, S] where `scored` is given; `NOT_SCORED` where nothing is predicted."""
     document_ids: Tensor | None = None
     """int64 [B, T]; attention stays among equal ids of a row. None: the whole row is one document."""
     positions: Tensor | None = None
     """int64 [B, T]; position inside the document. None: 0..T-1."""
+    segment_ids: Tensor | None = None
+    """int64 [B, T]; which of two texts a token belongs to. None: all of them to the first."""
+    scored: Tensor | None = None
+    """int64 [B, S]; the positions that `labels` belong to. None: every position has a label."""
+    pair_labels: Tensor | None = None
+    """int64 [B]; whether a row's two texts belong together; `NOT_SCORED` where there is no row."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to `device`, asynchronously where the host memory is pinned."""
@@ -51,7 +57,11 @@ class LossSum(NamedTuple):
     tokens: Tensor
     """int64 scalar: how many positions were scored."""
     penalty: Tensor
-    """fp32 scalar: what is added to the nats for the gradient only (z-loss)."""
+    """fp32 scalar: what is added to the nats for the gradient only (z-loss, the loss of pairs)."""
+    predicted: Tensor | None = None
+    """int64, shaped as the labels: the likeliest of each; None where gradients are computed."""
+    predicted_pairs: Tensor | None = None
+    """int64 [B]: the likelier verdict on each pair; None where there are no pairs."""
 
     @property
     def total(self) -> Tensor:

@@ -15,6 +15,8 @@ from typing import Any, Self, cast
 
 from pydantic import ValidationError, model_validator
 
+from llm_dist.config_fields import OnResume, Section
+from llm_dist.config_model import LANGUAGE, FeedForwardKind, Heads, Model, RopeScaling
 from llm_dist.config_sections import (
     BatchSize,
     Checkpoint,
@@ -24,13 +26,10 @@ from llm_dist.config_sections import (
     Guard,
     Init,
     Log,
-    Model,
     Objective,
-    OnResume,
     Optim,
     Plan,
     Run,
-    Section,
     Segment,
     Watch,
 )
@@ -43,14 +42,18 @@ __all__ = [
     "Data",
     "Engine",
     "Eval",
+    "FeedForwardKind",
     "Guard",
+    "Heads",
     "Init",
+    "LANGUAGE",
     "Log",
     "Model",
     "Objective",
     "OnResume",
     "Optim",
     "Plan",
+    "RopeScaling",
     "Run",
     "Section",
     "Segment",

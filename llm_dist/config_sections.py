@@ -3,46 +3,18 @@
 The docstring below a field is its help and its line in docs/configuration.md. Validation reads no file, no environment
 and no torch.
 
-What may change when a run is resumed is part of a field: `identity` (another value is another run: refused),
-`from_now` (allowed when named with --accept, and recorded) or `free` (machines, logging, saving, length).
+What may change when a run is resumed is part of a field (`config_fields`). `[model]` stands in `config_model`.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-OnResume = Literal["identity", "from_now", "free"]
-
-
-def _field(on_resume: OnResume, default: Any, rules: dict[str, Any]) -> Any:
-    return Field(default, json_schema_extra={"on_resume": on_resume}, **rules)
-
-
-def identity(default: Any = ..., **rules: Any) -> Any:
-    """A field whose change makes another run."""
-    return _field("identity", default, rules)
-
-
-def from_now(default: Any = ..., **rules: Any) -> Any:
-    """A field that may change from the current step on, when the user says so."""
-    return _field("from_now", default, rules)
-
-
-def free(default: Any = ..., **rules: Any) -> Any:
-    """A field that changes no trajectory."""
-    return _field("free", default, rules)
-
-
-class Section(BaseModel):
-    """A frozen table of the run file."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, populate_by_name=True, protected_namespaces=()
-    )
+from llm_dist.config_fields import Section, free, from_now, identity
 
 
 class Run(Section):
@@ -61,76 +33,6 @@ class Run(Section):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.dir) / self.name
-
-
-class Model(Section):
-    """The Transformer. `family` sets what the other keys leave open."""
-
-    family: Literal["llama", "gpt2"] = identity("llama")
-    """llama: RMSNorm, rotary positions, SwiGLU, no biases. gpt2: LayerNorm, learned positions, GELU, biases."""
-    layers: int = identity(ge=1)
-    """Number of blocks."""
-    d_model: int = identity(ge=1)
-    """Model width D."""
-    heads: int = identity(ge=1)
-    """Attention heads H."""
-    kv_heads: int | None = identity(None, ge=1)
-    """Key/value heads K (grouped-query attention); `heads` when absent."""
-    d_ff: int | None = identity(None, ge=1)
-    """Feed-forward width F; when absent 4 D (gpt2) or 8/3 D rounded up to a multiple of 64 (llama)."""
-    dropout: float = from_now(0.0, ge=0, lt=1)
-    """Probability of dropping an element after embedding, attention and feed-forward, in training."""
-    max_sequence_tokens: int = identity(2048, ge=1)
-    """Longest sequence the model is made for (rows of a learned position table; stated at export)."""
-    positions: Literal["rotary", "learned", "sinusoidal"] | None = identity(None)
-    """How positions enter; set by `family` when absent."""
-    qk_norm: bool = identity(False)
-    """Normalise queries and keys per head (RMSNorm), as Qwen3 does."""
-    tied_head: bool | None = identity(None)
-    """Share the embedding with the output head; when absent true for gpt2, false for llama."""
-    norm_eps: float = identity(1e-5, gt=0)
-    """Epsilon of the norms."""
-    rope_theta: float = identity(10_000.0, gt=0)
-    """Base of the rotary frequencies."""
-    vocabulary_multiple: int = identity(64, ge=1)
-    """The vocabulary is padded up to a multiple of this (faster matmuls); export trims the padding."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.d_model % self.heads:
-            raise ValueError(f"model.d_model={self.d_model} must be a multiple of model.heads={self.heads}")
-        if self.heads % self.num_kv_heads:
-            raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
-        if self.position_kind == "rotary" and self.d_head % 2:
-            raise ValueError(f"rotary positions need an even head width; model.d_model/heads is {self.d_head}")
-        return self
-
-    @property
-    def num_kv_heads(self) -> int:
-        """K, resolved."""
-        return self.kv_heads or self.heads
-
-    @property
-    def d_head(self) -> int:
-        """E, the width of one head."""
-        return self.d_model // self.heads
-
-    @property
-    def width_ff(self) -> int:
-        """F, resolved."""
-        if self.d_ff is not None:
-            return self.d_ff
-        return 4 * self.d_model if self.family == "gpt2" else -(-8 * self.d_model // (3 * 64)) * 64
-
-    @property
-    def position_kind(self) -> str:
-        """How positions enter, resolved."""
-        return self.positions or ("learned" if self.family == "gpt2" else "rotary")
-
-    @property
-    def head_is_tied(self) -> bool:
-        """Whether embedding and head share one matrix, resolved."""
-        return self.family == "gpt2" if self.tied_head is None else self.tied_head
 
 
 class Segment(Section):

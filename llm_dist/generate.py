@@ -104,7 +104,7 @@ def continuation(
     model: Transformer, ids: list[int], max_tokens: int, sampling: Sampling, seed: int = 0
 ) -> Iterator[int]:
     """Ids that follow `ids`, at most `max_tokens`; keys and values of what was read are kept, not recomputed."""
-    device = model.head.weight.device
+    device = model.language.weight.device
     cache = Cache(model.config, 1, len(ids) + max_tokens, model.compute_dtype, device)
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
@@ -114,7 +114,7 @@ def continuation(
         for _ in range(max_tokens):
             with torch.inference_mode():
                 hidden = model(torch.tensor([unread], device=device), cache=cache)
-                logits = model.head.logits(hidden[:, -1:])[0, 0].cpu()
+                logits = model.language.logits(hidden[:, -1:])[0, 0].cpu()
             unread = [next_token(logits, sampling, generator)]
             yield unread[0]
     finally:

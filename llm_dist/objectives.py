@@ -53,7 +53,7 @@ class Causal:
     def loss(self, model: Transformer, batch: Batch) -> LossSum:
         """Cross-entropy of the next token."""
         hidden = model(batch.input_ids, batch.positions, batch.document_ids)
-        result: LossSum = model.head(hidden, batch.labels, self.z_loss)
+        result: LossSum = model.language(hidden, batch.labels, self.z_loss)
         return result
 
 

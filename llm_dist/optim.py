@@ -14,7 +14,7 @@ from torch import nn
 
 from llm_dist import config
 
-NEVER_DECAYED = ("embedding.", "positions.")
+NEVER_DECAYED = ("embedding.", "positions.", "segments.")
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

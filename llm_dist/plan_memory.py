@@ -18,7 +18,7 @@ from llm_dist.model.size import ACTIVATION_BYTES, FP32_BYTES, GPU, Machine
 
 MOMENTS = {"adamw": 2, "sgd": 0}
 """fp32 values an optimizer keeps for each parameter."""
-NEVER_DECAYED = ("embedding.", "positions.")
+NEVER_DECAYED = ("embedding.", "positions.", "segments.")
 """As in `optim`, which loads torch."""
 ZERO_BUCKET_ELEMENTS = 500_000_000
 """Gradients DeepSpeed collects before it reduces them (its default)."""

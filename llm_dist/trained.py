@@ -45,11 +45,11 @@ class Trained:
         with torch.device("meta"):
             model = Transformer(self.run.model, self.tokenizer.vocabulary_tokens, DTYPES[precision])
         weights = self.parameters()
-        if self.run.model.head_is_tied:
+        if self.run.model.tied_head:
             weights["head.weight"] = weights["embedding.weight"]
         model.load_state_dict(weights, assign=True)
-        if self.run.model.head_is_tied:
-            model.head.weight = model.embedding.weight
+        if self.run.model.tied_head:
+            model.language.weight = model.embedding.weight
         return model.to(_device()).eval()
 
 

@@ -34,6 +34,8 @@ SHARED_ROOMS = {
     "tokenizer_vocabulary": "tokenizer",
     "tokenizer_fast": "tokenizer",
     "plan_memory": "plan",
+    "config_fields": "config",
+    "config_model": "config",
     "config_sections": "config",
     "config_resume": "config",
 }

@@ -73,13 +73,13 @@ def _llama_rows(model: Model) -> Iterator[Row]:
         for theirs, ours in names.items():
             yield Row(f"model.layers.{layer}.{theirs}.weight", (f"blocks.{layer}.{ours}.weight",))
     yield Row("model.norm.weight", ("norm.weight",))
-    if not model.head_is_tied:
+    if not model.tied_head:
         yield Row("lm_head.weight", ("head.weight",), trimmed=True)
 
 
 def _gpt2_rows(model: Model) -> Iterator[Row]:
     yield Row("transformer.wte.weight", ("embedding.weight",), trimmed=True)
-    learned = model.position_kind == "learned"
+    learned = model.positions == "learned"
     yield Row("transformer.wpe.weight", ("positions.weight" if learned else SINUSOIDS,))
     names: dict[str, tuple[str, ...]] = {
         "ln_1": ("attention_norm",),
@@ -97,7 +97,7 @@ def _gpt2_rows(model: Model) -> Iterator[Row]:
                 yield Row(f"transformer.h.{layer}.{theirs}.{kind}", sources, transposed=is_matrix)
     yield Row("transformer.ln_f.weight", ("norm.weight",))
     yield Row("transformer.ln_f.bias", ("norm.bias",))
-    if not model.head_is_tied:
+    if not model.tied_head:
         yield Row("lm_head.weight", ("head.weight",), trimmed=True)
 
 
@@ -112,7 +112,7 @@ def hugging_face_config(model: Model, hugging_face_class: str, vocabulary_tokens
     common = {
         "architectures": [hugging_face_class],
         "vocab_size": vocabulary_tokens,
-        "tie_word_embeddings": model.head_is_tied,
+        "tie_word_embeddings": model.tied_head,
         "dtype": dtype,
         "use_cache": True,
     } | token_ids()

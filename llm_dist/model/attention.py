@@ -1,4 +1,4 @@
-"""Causal attention with grouped key/value heads, rotary or no positions, and a cache for generation.
+"""Attention with grouped key/value heads, rotary or no positions, windows, and a cache for generation.
 
 Shape letters: B batch, T sequence, D model width, H heads, K key/value heads, E head width.
 """
@@ -19,14 +19,25 @@ Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, fp32 [B or 1, T, 1, E/2]."""
 
 
-def rotary_tables(positions: Tensor, d_head: int, theta: float) -> Rotary:
+def rotary_tables(positions: Tensor, d_head: int, theta: float, scaling: config.RopeScaling | None = None) -> Rotary:
     """Angles of positions int64 [B or 1, T] (RoPE, arXiv 2104.09864).
 
     Computed in each forward pass, so that no buffer can be lost on the meta device or rounded by an engine's cast.
     """
     exponents = torch.arange(0, d_head, 2, dtype=torch.float32, device=positions.device) / d_head
-    angles = positions[..., None, None].float() * (1.0 / torch.pow(theta, exponents))
+    frequencies = 1.0 / torch.pow(theta, exponents)
+    if scaling is not None:
+        frequencies = stretched(frequencies, scaling)
+    angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()
+
+
+def stretched(frequencies: Tensor, scaling: config.RopeScaling) -> Tensor:
+    """Rotary frequencies [E/2] as Llama 3.1 slows them down: the slow ones in full, the fast ones not at all."""
+    turns = scaling.original_tokens * frequencies / (2 * math.pi)  # in the longest sequence of the first training
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -48,16 +59,19 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
     return table / math.sqrt(width)
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """document_ids int64 [B, T] -> bool [B, 1, T, T]: true where a query may see a key of its document's past."""
-    num_tokens = document_ids.size(1)
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same & causal_mask(num_tokens, num_tokens, document_ids.device)
+def visible(num_queries: int, num_keys: int, model: config.Model, *, is_windowed: bool, device: torch.device) -> Tensor:
+    """Bool [queries, keys]: which keys a query may see by its place alone, queries being the last of the keys."""
+    queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    behind = queries - torch.arange(num_keys, device=device)
+    if model.is_causal:
+        may = behind >= 0
+        return may & (behind < model.window_tokens) if is_windowed and model.window_tokens else may
+    return behind.abs() <= (model.window_tokens // 2 if is_windowed and model.window_tokens else num_keys)
 
 
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Bool [queries, keys] for queries that are the last of the keys."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+def same_document(document_ids: Tensor) -> Tensor:
+    """document_ids int64 [B, T] -> bool [B, 1, T, T]: true where query and key are of one document."""
+    return document_ids[:, None, :, None] == document_ids[:, None, None, :]
 
 
 class LayerCache:
@@ -92,10 +106,10 @@ class Cache:
         return self.layers[0].num_tokens
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool = True) -> Tensor:
     """Attention of query [B, H, T, E] to key and value [B, K, S, E] under mask bool [B or 1, 1, T, S].
 
-    Without a mask: causal where T > 1, and a single query sees every key.
+    Without a mask: `is_causal` says whether a query sees what follows it, and a single query sees every key.
     """
     dtype = query.dtype
     if attention_is_widened(query, key.size(2)):
@@ -106,7 +120,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
         groups = query.size(1) // key.size(1)
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         grouped = False
-    causal = mask is None and query.size(2) > 1
+    causal = is_causal and mask is None and query.size(2) > 1
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped).to(
         dtype
     )
@@ -121,14 +135,15 @@ def attention_is_widened(query: Tensor, num_keys: int) -> bool:
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245)."""
 
-    def __init__(self, model: config.Model, bias: bool) -> None:
+    def __init__(self, model: config.Model) -> None:
         super().__init__()
-        width, width_kv = model.d_model, model.num_kv_heads * model.d_head
-        self.d_head = model.d_head
-        self.query = Linear(width, width, bias)
-        self.key = Linear(width, width_kv, bias)
-        self.value = Linear(width, width_kv, bias)
-        self.output = Linear(width, width, bias)
+        width, width_kv = model.heads * model.d_head, model.num_kv_heads * model.d_head
+        into, out_of = model.biases != "none", model.biases == "all"
+        self.d_head, self.is_causal = model.d_head, model.is_causal
+        self.query = Linear(model.d_model, width, into)
+        self.key = Linear(model.d_model, width_kv, into)
+        self.value = Linear(model.d_model, width_kv, into)
+        self.output = Linear(width, model.d_model, out_of)
         self.query_norm = RMSNorm(model.d_head, model.norm_eps) if model.qk_norm else None
         self.key_norm = RMSNorm(model.d_head, model.norm_eps) if model.qk_norm else None
 
@@ -143,5 +158,7 @@ class Attention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value)
-        mixed: Tensor = self.output(attend(query, key, value, mask).transpose(1, 2).flatten(2))
+        mixed: Tensor = self.output(
+            attend(query, key, value, mask, is_causal=self.is_causal).transpose(1, 2).flatten(2)
+        )
         return mixed

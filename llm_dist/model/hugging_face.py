@@ -20,10 +20,10 @@ def hugging_face_class(model: Model) -> str | None:
 def why_not_exportable(model: Model) -> str | None:
     """The key that no class of `transformers` knows in this family, and what it would have to be."""
     if model.family == "llama":
-        if model.position_kind != "rotary":
-            return f'model.positions={model.position_kind} with model.family=llama; exports with "rotary"'
+        if model.positions != "rotary":
+            return f'model.positions={model.positions} with model.family=llama; exports with "rotary"'
         return None
-    if model.position_kind == "rotary":
+    if model.positions == "rotary":
         return 'model.positions=rotary with model.family=gpt2; exports with "learned" or "sinusoidal"'
     if model.num_kv_heads != model.heads:
         return f"model.kv_heads={model.kv_heads} with model.family=gpt2; exports with model.heads={model.heads} of them"

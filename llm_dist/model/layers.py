@@ -1,4 +1,4 @@
-"""The layers that both families are made of; pure functions of tensors that know no run, no engine and no device.
+"""The layers that every family is made of; pure functions of tensors that know no run, no engine and no device.
 
 One rule of precision: parameters may be held in any dtype, and each layer casts its weight to the dtype of the
 activations where it uses it. Norms compute in fp32 whatever the activations are.
@@ -8,11 +8,15 @@ Shape letters: B batch, T sequence, D model width, E head width, F feed-forward 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llm_dist import config
 
 HOST_MULTIPLIES_BF16: bool = (
     torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -114,43 +118,63 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """(x - mean) / std * weight + bias over the last axis (arXiv 1607.06450), computed in fp32."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, bias: bool = True) -> None:
         super().__init__()
         self.weight = _parameter(width)
-        self.bias = _parameter(width)
+        self.bias = _parameter(width) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D] in the dtype of `x`."""
         # bf16 in, bf16 statistics kept: torch's CPU kernel would hand rounded ones to the backward pass.
-        weight, bias = self.weight.to(x.dtype).float(), self.bias.to(x.dtype).float()
+        weight = self.weight.to(x.dtype).float()
+        bias = None if self.bias is None else self.bias.to(x.dtype).float()
         return F.layer_norm(x.float(), weight.shape, weight, bias, self.eps).to(x.dtype)
 
 
-class GatedFeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+ACTIVATIONS: dict[config.FeedForwardKind, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+"""The function in each kind of feed-forward; in gated ones, of the gate."""
 
-    def __init__(self, width: int, width_ff: int, bias: bool) -> None:
+
+class GatedFeedForward(nn.Module):
+    """down(activation(gate(x)) * up(x)): SwiGLU, GeGLU (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, width_ff: int, kind: config.FeedForwardKind, bias: bool) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[kind]
         self.gate = Linear(width, width_ff, bias)
         self.up = Linear(width, width_ff, bias)
         self.down = Linear(width_ff, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        y: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
         return y
 
 
 class FeedForward(nn.Module):
-    """down(gelu(up(x))) with the tanh form of GELU, as GPT-2 has it."""
+    """down(activation(up(x)))."""
 
-    def __init__(self, width: int, width_ff: int, bias: bool) -> None:
+    def __init__(self, width: int, width_ff: int, kind: config.FeedForwardKind, bias: bool) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[kind]
         self.up = Linear(width, width_ff, bias)
         self.down = Linear(width_ff, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        y: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        y: Tensor = self.down(self.activation(self.up(x)))
         return y
+
+
+def norm_of(model: config.Model) -> nn.Module:
+    """A norm of the model's kind."""
+    if model.norm == "rms":
+        return RMSNorm(model.d_model, model.norm_eps)
+    return LayerNorm(model.d_model, model.norm_eps, model.norm_bias)

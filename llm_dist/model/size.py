@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import Literal, NamedTuple
 
-from llm_dist.config import Model
+from llm_dist.config import LANGUAGE, Heads, Model
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
@@ -24,6 +24,7 @@ SHORT_ATTENTION_TOKENS = 256
 
 HEAD_CHUNK_LOGITS = 2**24
 HEAD_CHUNK_MIN_ROWS = 512
+_BODY = ("blocks.", "norm.", "embedding_norm.")
 
 
 class Machine(NamedTuple):
@@ -56,47 +57,70 @@ def head_chunk_rows(padded_vocabulary_tokens: int) -> int:
     return max(HEAD_CHUNK_MIN_ROWS, HEAD_CHUNK_LOGITS // padded_vocabulary_tokens)
 
 
-def parameter_shapes(model: Model, vocabulary_tokens: int) -> dict[str, Shape]:
+def parameter_shapes(model: Model, vocabulary_tokens: int, heads: Heads = LANGUAGE) -> dict[str, Shape]:
     """Names and shapes exactly as `Transformer.named_parameters` gives them, in that order."""
     width, vocabulary = model.d_model, padded_vocabulary(model, vocabulary_tokens)
     shapes: dict[str, Shape] = {"embedding.weight": (vocabulary, width)}
-    if model.position_kind == "learned":
+    if model.positions == "learned":
         shapes["positions.weight"] = (model.max_sequence_tokens, width)
+    if model.segments:
+        shapes["segments.weight"] = (model.segments, width)
+    if model.embedding_norm:
+        shapes |= dict(_norm_shapes(model, "embedding_norm"))
     for layer in range(model.layers):
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(model)}
-    shapes |= dict(_norm_shapes(model, "norm"))
-    if not model.head_is_tied:
-        shapes["head.weight"] = (vocabulary, width)
-    return shapes
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(model, layer)}
+    if model.norm_position == "pre":
+        shapes |= dict(_norm_shapes(model, "norm"))
+    return shapes | dict(_head_shapes(model, vocabulary, heads))
+
+
+def _head_shapes(model: Model, vocabulary: int, heads: Heads) -> Iterator[tuple[str, Shape]]:
+    width = model.d_model
+    if heads.language:
+        if not model.tied_head:
+            yield "head.weight", (vocabulary, width)
+        if model.head_transform:
+            yield "head.bias", (vocabulary,)
+            yield from _linear_shapes("head.transform.dense", width, width, model.biases == "all")
+            yield from _norm_shapes(model, "head.transform.norm")
+    if heads.has_pooler(model):
+        yield from _linear_shapes("pooler.dense", width, width, has_bias=True)
+    if heads.pair:
+        yield from _linear_shapes("pair_head.output", width, 2, has_bias=True)
+    if heads.classes:
+        yield from _linear_shapes("class_head.output", width, heads.classes, has_bias=True)
 
 
 def _norm_shapes(model: Model, name: str) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.weight", (model.d_model,)
-    if model.family == "gpt2":
+    if model.norm_bias:
         yield f"{name}.bias", (model.d_model,)
 
 
-def _linear_shapes(model: Model, name: str, inputs: int, outputs: int) -> Iterator[tuple[str, Shape]]:
+def _linear_shapes(name: str, inputs: int, outputs: int, has_bias: bool) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.weight", (outputs, inputs)
-    if model.family == "gpt2":
+    if has_bias:
         yield f"{name}.bias", (outputs,)
 
 
-def _block_shapes(model: Model) -> Iterator[tuple[str, Shape]]:
-    width, width_ff, width_kv = model.d_model, model.width_ff, model.num_kv_heads * model.d_head
-    yield from _norm_shapes(model, "attention_norm")
-    yield from _linear_shapes(model, "attention.query", width, width)
-    yield from _linear_shapes(model, "attention.key", width, width_kv)
-    yield from _linear_shapes(model, "attention.value", width, width_kv)
-    yield from _linear_shapes(model, "attention.output", width, width)
+def _block_shapes(model: Model, layer: int) -> Iterator[tuple[str, Shape]]:
+    width, width_ff = model.d_model, model.width_ff
+    width_q, width_kv = model.heads * model.d_head, model.num_kv_heads * model.d_head
+    into, others = model.biases != "none", model.biases == "all"
+    if model.has_attention_norm(layer):
+        yield from _norm_shapes(model, "attention_norm")
+    yield from _linear_shapes("attention.query", width, width_q, into)
+    yield from _linear_shapes("attention.key", width, width_kv, into)
+    yield from _linear_shapes("attention.value", width, width_kv, into)
+    yield from _linear_shapes("attention.output", width_q, width, others)
     if model.qk_norm:
         yield "attention.query_norm.weight", (model.d_head,)
         yield "attention.key_norm.weight", (model.d_head,)
     yield from _norm_shapes(model, "feed_forward_norm")
-    if model.family == "llama":
-        yield from _linear_shapes(model, "feed_forward.gate", width, width_ff)
-    yield from _linear_shapes(model, "feed_forward.up", width, width_ff)
-    yield from _linear_shapes(model, "feed_forward.down", width_ff, width)
+    if model.is_gated:
+        yield from _linear_shapes("feed_forward.gate", width, width_ff, others)
+    yield from _linear_shapes("feed_forward.up", width, width_ff, others)
+    yield from _linear_shapes("feed_forward.down", width_ff, width, others)
 
 
 class NumParameters(NamedTuple):
@@ -107,10 +131,10 @@ class NumParameters(NamedTuple):
     """Without token embedding and position table; a head that is tied to the embedding goes with it."""
 
 
-def num_parameters(model: Model, vocabulary_tokens: int) -> NumParameters:
+def num_parameters(model: Model, vocabulary_tokens: int, heads: Heads = LANGUAGE) -> NumParameters:
     """Count the parameters."""
-    sizes = {name: prod(shape) for name, shape in parameter_shapes(model, vocabulary_tokens).items()}
-    tables = sizes["embedding.weight"] + sizes.get("positions.weight", 0)
+    sizes = {name: prod(shape) for name, shape in parameter_shapes(model, vocabulary_tokens, heads).items()}
+    tables = sum(sizes.get(name, 0) for name in ("embedding.weight", "positions.weight", "segments.weight"))
     return NumParameters(sum(sizes.values()), sum(sizes.values()) - tables)
 
 
@@ -118,18 +142,30 @@ class FlopsPerToken(NamedTuple):
     """Floating-point operations of forward and backward pass for one token, recomputation not counted."""
 
     full: float
-    """6 N + 12 L D T: every query meets every key (PaLM, arXiv 2204.02311, appendix B)."""
+    """6 N + 12 L H E T: every query meets every key (PaLM, arXiv 2204.02311, appendix B)."""
     causal: float
-    """6 N + 6 L D T: a query meets, on average, half of the keys."""
+    """6 N + 6 L H E T: a query meets, on average, half of the keys; `full` where attention is not causal."""
 
 
-def flops_per_token(model: Model, vocabulary_tokens: int, sequence_tokens: int) -> FlopsPerToken:
-    """FLOPs of training one token; N counts what multiplies: no lookup tables, but the head, tied or not."""
-    multiplied = num_parameters(model, vocabulary_tokens).without_embedding
-    if model.head_is_tied:
-        multiplied += padded_vocabulary(model, vocabulary_tokens) * model.d_model
-    attention = 12.0 * model.layers * model.d_model * sequence_tokens
-    return FlopsPerToken(6.0 * multiplied + attention, 6.0 * multiplied + attention / 2)
+def flops_per_token(
+    model: Model, vocabulary_tokens: int, sequence_tokens: int, heads: Heads = LANGUAGE, scored_share: float = 1.0
+) -> FlopsPerToken:
+    """FLOPs of training one token; N counts what multiplies: no lookup tables, but the head, tied or not.
+
+    `scored_share` of the tokens reach the head; of the others it computes nothing.
+    """
+    shapes = parameter_shapes(model, vocabulary_tokens, heads)
+    body = sum(
+        prod(shape) for name, shape in shapes.items() if name.startswith(("blocks.", "norm.", "embedding_norm."))
+    )
+    head = sum(prod(shape) for name, shape in shapes.items() if name.startswith("head."))
+    if heads.language and model.tied_head:
+        head += padded_vocabulary(model, vocabulary_tokens) * model.d_model
+    multiplied = body + scored_share * head
+    attention = 12.0 * model.layers * model.heads * model.d_head * sequence_tokens
+    return FlopsPerToken(
+        6.0 * multiplied + attention, 6.0 * multiplied + (attention / 2 if model.is_causal else attention)
+    )
 
 
 def saved_activation_bytes(
@@ -148,11 +184,13 @@ def saved_activation_bytes(
     num_tokens = num_sequences * sequence_tokens
     blocks = model.layers * block_activation_bytes(model, num_sequences, sequence_tokens, precision, recompute, machine)
     ids = num_tokens * 8
-    rotary = sequence_tokens * model.d_head * FP32_BYTES if model.position_kind == "rotary" else 0
-    positions = sequence_tokens * 8 if model.position_kind == "learned" else 0
+    tables = 2 if model.window_tokens is not None and model.window_rope_theta not in (None, model.rope_theta) else 1
+    rotary = tables * sequence_tokens * model.d_head * FP32_BYTES if model.positions == "rotary" else 0
+    positions = sequence_tokens * 8 if model.positions == "learned" else 0
+    embedding_norm = num_tokens * _norm_bytes(model) if model.embedding_norm else 0
     embedding_dropout = num_tokens * model.d_model * ACTIVATION_BYTES[precision] if model.dropout else 0
-    final_norm = num_tokens * _norm_bytes(model)
-    return blocks + ids + rotary + positions + embedding_dropout + final_norm
+    final_norm = num_tokens * _norm_bytes(model) if model.norm_position == "pre" else 0
+    return blocks + ids + rotary + positions + embedding_norm + embedding_dropout + final_norm
 
 
 def block_activation_bytes(
@@ -177,22 +215,23 @@ def block_activation_bytes(
 
 def _whole_block_bytes(model: Model, precision: Precision, in_attention: int) -> int:
     """Per token: all that the backward pass of one block needs."""
-    activation, width, width_kv = ACTIVATION_BYTES[precision], model.d_model, model.num_kv_heads * model.d_head
-    attention = (2 * width + 2 * width_kv) * in_attention + model.heads * FP32_BYTES
-    cast_output = width * activation if in_attention != activation else 0
+    activation, width = ACTIVATION_BYTES[precision], model.d_model
+    width_q, width_kv = model.heads * model.d_head, model.num_kv_heads * model.d_head
+    attention = (2 * width_q + 2 * width_kv) * in_attention + model.heads * FP32_BYTES
+    cast_output = width_q * activation if in_attention != activation else 0
     norms = 2 * (_norm_bytes(model) + width * activation) + _qk_norm_bytes(model)
-    feed_forward = model.width_ff * (4 if model.family == "llama" else 2) * activation
+    feed_forward = model.width_ff * _kept_factors(model) * activation
     dropout = 2 * width * activation if model.dropout else 0
     return attention + cast_output + norms + feed_forward + dropout
 
 
 def _selective_bytes(model: Model, precision: Precision, in_attention: int, machine: Machine) -> int:
     """Per token: a block's input and what its products and its attention return."""
-    width, width_kv = model.d_model, model.num_kv_heads * model.d_head
+    width, width_q, width_kv = model.d_model, model.heads * model.d_head, model.num_kv_heads * model.d_head
     product = FP32_BYTES if machine.widens(precision) else ACTIVATION_BYTES[precision]
-    projections = (2 * width + 2 * width_kv) * product
-    feed_forward = (model.width_ff * (2 if model.family == "llama" else 1) + width) * product
-    attention = width * in_attention + model.heads * FP32_BYTES
+    projections = (width + width_q + 2 * width_kv) * product
+    feed_forward = (model.width_ff * (2 if model.is_gated else 1) + width) * product
+    attention = width_q * in_attention + model.heads * FP32_BYTES
     return width * ACTIVATION_BYTES[precision] + projections + attention + feed_forward
 
 
@@ -212,7 +251,7 @@ def backward_block_bytes(
     )
     recomputed = max(0, whole - kept) if recompute != "none" else 0
     # Of the residual, of what `down` reads, and of the one or two factors that this is made of.
-    gradients = num_tokens * (width + width_ff * (3 if model.family == "llama" else 2)) * ACTIVATION_BYTES[precision]
+    gradients = num_tokens * (width + width_ff * (3 if model.is_gated else 2)) * ACTIVATION_BYTES[precision]
     widened = 0
     if machine.widens(precision):
         of_weight = width * width_ff * (FP32_BYTES + ACTIVATION_BYTES[precision])
@@ -222,9 +261,14 @@ def backward_block_bytes(
 
 def _norm_bytes(model: Model) -> int:
     """What one norm keeps per token: its input in fp32, its statistics, and for RMSNorm the normalised input."""
-    if model.family == "gpt2":
+    if model.norm == "layer":
         return model.d_model * FP32_BYTES + 2 * FP32_BYTES
     return 2 * model.d_model * FP32_BYTES + FP32_BYTES
+
+
+def _kept_factors(model: Model) -> int:
+    """How many tensors [T, F] the feed-forward keeps: relu's result is what `down` keeps anyway."""
+    return 4 if model.is_gated else 1 if model.feed_forward == "relu" else 2
 
 
 def _qk_norm_bytes(model: Model) -> int:
@@ -244,7 +288,7 @@ class HeadBytes(NamedTuple):
     """Memory of the language head's loss."""
 
     kept: int
-    """From forward to backward pass: gradients of hidden states and of the weight."""
+    """From forward to backward pass: gradients of hidden states, weight and bias, and what a transform keeps."""
     transient: int
     """On top while the loss is computed: one chunk of logits, their gradients, the cast weight."""
 
@@ -259,10 +303,15 @@ def head_bytes(
     *,
     weight_is_fp32: bool = True,
 ) -> HeadBytes:
-    """Memory of the loss in training; the logits of all positions never exist at one time."""
+    """Memory of the loss in training; the logits of all positions never exist at one time.
+
+    Of the `sequence_tokens` of each sequence, those that are scored count.
+    """
     activation, vocabulary = ACTIVATION_BYTES[precision], padded_vocabulary(model, vocabulary_tokens)
     num_tokens, weight = num_sequences * sequence_tokens, vocabulary * model.d_model
     kept = num_tokens * model.d_model * activation + weight * FP32_BYTES
+    if model.head_transform:
+        kept += num_tokens * (2 * model.d_model * activation + _norm_bytes(model)) + vocabulary * FP32_BYTES
     rows = min(num_tokens, head_chunk_rows(vocabulary))
     logits, has_earlier_chunk = rows * vocabulary, num_tokens > rows
     cast_weight = weight * activation if precision == "bf16" and weight_is_fp32 else 0

@@ -46,10 +46,10 @@ def mistakes(path, *overrides):
 def test_defaults_are_resolved(path):
     run = config.load(path)
     assert (run.model.num_kv_heads, run.model.d_head, run.model.width_ff) == (2, 4, 64)
-    assert (run.model.position_kind, run.model.head_is_tied) == ("rotary", False)
+    assert (run.model.positions, run.model.tied_head) == ("rotary", False)
     assert (run.save_every_steps, run.schedule_steps) == (1, 10)
     gpt2 = changed(path, "model.family=gpt2")
-    assert (gpt2.model.width_ff, gpt2.model.position_kind, gpt2.model.head_is_tied) == (32, "learned", True)
+    assert (gpt2.model.width_ff, gpt2.model.positions, gpt2.model.tied_head) == (32, "learned", True)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {"family": "gpt2"},
     "gpt2-untied": {"family": "gpt2", "tied_head": False},
     "gpt2-sinusoidal": {"family": "gpt2", "positions": "sinusoidal"},
+    "qwen2": {"family": "llama", "kv_heads": 2, "biases": "qkv"},
+    "mistral": {"family": "llama", "kv_heads": 2, "d_head": 16, "window_tokens": 6},
+    "bert": {"family": "bert"},
+    "bert-rotary-geglu": {"family": "bert", "positions": "rotary", "feed_forward": "geglu", "segments": 0},
+    "bert-pre-norm": {"family": "bert", "norm_position": "pre", "embedding_norm": False, "tied_head": False},
+    "classic": {"family": "bert", "embedding_norm": False, "segments": 0, "feed_forward": "relu"},
+    "modernbert": {"family": "modernbert", "window_tokens": 8, "global_every": 2, "window_rope_theta": 100.0},
 }
+CAUSAL = [kind for kind, keys in KINDS.items() if keys["family"] in ("llama", "gpt2")]
+ENCODERS = [kind for kind in KINDS if kind not in CAUSAL]
 
 
 def small(kind: str, **changes: Any) -> Model:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_dist.batch import NOT_SCORED
+from llm_dist.config import Model
 from llm_dist.model import heads
 from llm_dist.model.heads import LanguageHead
 
@@ -19,7 +20,7 @@ def small_chunks(monkeypatch):
 
 def example(dtype=torch.float32, scale=1.0):
     generator = torch.Generator().manual_seed(3)
-    head = LanguageHead(WIDTH, VOCABULARY, ROWS)
+    head = LanguageHead(Model(layers=1, d_model=WIDTH, heads=1), VOCABULARY, ROWS)
     with torch.no_grad():
         head.weight.normal_(0, 0.3, generator=generator)
     hidden = (torch.randn(3, 11, WIDTH, generator=generator) * scale).to(dtype).requires_grad_()

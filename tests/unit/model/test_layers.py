@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from llm_dist.config import Model
 from llm_dist.model import layers
-from llm_dist.model.attention import Attention, attend, document_mask, rotary_tables, rotate, sinusoids
+from llm_dist.model.attention import Attention, attend, rotary_tables, rotate, same_document, sinusoids, visible
 from llm_dist.model.layers import LayerNorm, Linear, RMSNorm
+from tests.unit.model.shapes import small
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -100,7 +101,8 @@ def test_sinusoids_are_the_paper_s_up_to_the_embedding_scale():
 def test_attention_is_its_formula(num_tokens, dtype, masked):
     query, key, value = (torch.randn(2, heads, num_tokens, 8).to(dtype) for heads in (4, 2, 2))
     ids = torch.arange(num_tokens)[None].expand(2, -1) // 5
-    mask = document_mask(ids if masked else torch.zeros_like(ids))
+    past = visible(num_tokens, num_tokens, small("llama"), is_windowed=False, device=torch.device("cpu"))
+    mask = same_document(ids if masked else torch.zeros_like(ids)) & past
     wide_key, wide_value = (x.float().repeat_interleave(2, 1) for x in (key, value))
     scores = (query.float() @ wide_key.transpose(2, 3) / 8**0.5).masked_fill(~mask, float("-inf"))
     expected = scores.softmax(-1) @ wide_value
@@ -117,7 +119,7 @@ def test_one_query_sees_every_key():
 
 def test_qk_norm_bounds_the_scores():
     """With unit norm weights, queries and keys have rms 1 whatever the projections hold."""
-    attention = Attention(Model(layers=1, d_model=16, heads=2, qk_norm=True), bias=False)
+    attention = Attention(Model(layers=1, d_model=16, heads=2, qk_norm=True))
     seen: list[torch.Tensor] = []
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=100.0)

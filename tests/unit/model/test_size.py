@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from llm_dist.config import Model
+from llm_dist.config import Heads, Model
 from llm_dist.model import size
 from llm_dist.model.init import initialize
 from llm_dist.model.layers import HOST_MULTIPLIES_BF16
@@ -85,7 +85,7 @@ def measured_model(model: Model, precision: size.Precision, held: torch.dtype) -
     return transformer.to(held)
 
 
-@pytest.mark.parametrize("kind", ["llama-grouped", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama-grouped", "qwen3", "gpt2", "mistral", "bert", "classic", "modernbert"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -112,8 +112,41 @@ def test_head_keeps_gradients_and_no_logits(precision):
     model = small("llama")
     transformer = measured_model(model, precision, torch.float32)
     loss = transformer.head(transformer(some_ids(B, T)), some_ids(B, T))
-    kept = sum(gradient.untyped_storage().nbytes() for gradient in loss.nats.grad_fn.kept)
+    gradients = [gradient for gradient in loss.nats.grad_fn.kept if gradient is not None]
+    kept = sum(gradient.untyped_storage().nbytes() for gradient in gradients)
     assert size.head_bytes(model, VOCABULARY_TOKENS, B, T, precision).kept == kept
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_head_with_a_transform_keeps_what_that_needs(precision):
+    model = small("bert", d_model=64)
+    transformer = measured_model(model, precision, torch.float32 if precision == "fp32" else torch.bfloat16)
+    hidden = transformer(some_ids(B, T)).detach().requires_grad_()
+    kept: dict[int, int] = {hidden.untyped_storage().data_ptr(): hidden.untyped_storage().nbytes()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = transformer.head(hidden, some_ids(B, T))
+    gradients = sum(gradient.untyped_storage().nbytes() for gradient in loss.nats.grad_fn.kept)
+    predicted = size.head_bytes(model, VOCABULARY_TOKENS, B, T, precision).kept
+    assert predicted == pytest.approx(sum(kept.values()) + gradients, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "heads", [Heads(), Heads(pair=True), Heads(language=False, classes=5), Heads(False, classes=5, per_token=True)]
+)
+@pytest.mark.parametrize("kind", ["llama", "bert", "modernbert"])
+def test_shapes_of_heads_are_the_module_s(kind, heads):
+    model = small(kind)
+    with torch.device("meta"):
+        transformer = Transformer(model, VOCABULARY_TOKENS, torch.float32, heads)
+    registered = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+    assert list(size.parameter_shapes(model, VOCABULARY_TOKENS, heads).items()) == list(registered.items())
 
 
 @settings(max_examples=50)
