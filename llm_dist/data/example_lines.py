@@ -30,7 +30,8 @@ def delimited_rows(file: InputFile, stream: BinaryIO, fields: Sequence[Field]) -
             )
         yield Row("line", first[0], _cells(file, *first, fields, positions))
     else:
-        positions = [names.index(name) for name in chosen_columns(file, names, fields)]
+        by_name = [_by_name(field, names) for field in fields]
+        positions = [names.index(name) for name in chosen_columns(file, names, by_name)]
     for number, cells in rows:
         if len(cells) > width:
             raise UserError(
@@ -51,6 +52,14 @@ def _header(first: Sequence[str], fields: Sequence[Field]) -> list[str] | None:
 
 def _is_position(column: str) -> bool:
     return column.isascii() and column.isdecimal()
+
+
+def _by_name(field: Field, names: Sequence[str]) -> Field:
+    """The field with a name for the position that the user gave in a table with a header."""
+    column = field.column
+    if column is None or column in names or not _is_position(column) or int(column) >= len(names):
+        return field
+    return field._replace(column=names[int(column)])
 
 
 def _cells(
@@ -100,13 +109,13 @@ def sentence_rows(file: InputFile, stream: BinaryIO, fields: Sequence[Field]) ->
     sentence: list[list[str]] = []
     begins = 1
     for number, line in lines_of(file, stream):
-        content = line.strip("\r\n")
+        content = line.strip("\r\n\t")
         if not content.strip(" \t") or content.startswith("-DOCSTART-"):
             if sentence:
                 yield _sentence(begins, sentence)
             sentence = []
             continue
-        columns = content.strip("\t").split("\t") if "\t" in content.strip("\t") else content.split(" ")
+        columns = content.split("\t") if "\t" in content else content.split(" ")
         begins = begins if sentence else number
         sentence.append(_word(file, number, [column for column in columns if column], fields, positions))
     if sentence:

@@ -40,6 +40,7 @@ SHARD_BYTES = 256 << 20
 
 Ids = npt.NDArray[np.integer[Any]]
 Numbers = npt.NDArray[np.int64]
+Table = Mapping[str, Any]
 
 _BLOCK_BYTES = 512
 
@@ -49,9 +50,7 @@ def dtype_name(vocabulary_tokens: int) -> str:
     return "uint16" if vocabulary_tokens <= 1 << 16 else "uint32"
 
 
-def dataset_fingerprint(
-    dtype: str, tokenizer: str, shard_sha256s: Iterable[str], labels: Mapping[str, Any] | None = None
-) -> str:
+def dataset_fingerprint(dtype: str, tokenizer: str, shard_sha256s: Iterable[str], labels: Table | None = None) -> str:
     """Sha256 that names the token stream: which tokens, in which order, what they mean and how they are labelled."""
     parts = [dtype, tokenizer, *shard_sha256s] + ([json.dumps(labels, sort_keys=True)] if labels else [])
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -109,9 +108,7 @@ class ShardWriter:
                 self._chunk.add(ids[begin:end], ends[first:last] - begin, bytes_end - bytes_begin)
             first, begin, bytes_begin = last, end, bytes_end
 
-    def close(
-        self, tokenizer_files: Iterable[Path], made_from: Mapping[str, Any], labels: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def close(self, tokenizer_files: Iterable[Path], made_from: Table, labels: Table | None = None) -> dict[str, Any]:
         """Finish the last shard, copy the tokenizer's files, write dataset.json, `labels` too; return its content."""
         self._flush()
         self._wait()
