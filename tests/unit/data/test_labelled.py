@@ -1,12 +1,12 @@
 """Labelled shards: labels stand at their pieces, are made once per content, and damage is named."""
 
-import json
+import hashlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -17,10 +17,9 @@ from llm_dist.data.index import ShardSet, open_shards
 from llm_dist.data.labelled import Labels, labelled_shards, open_labels
 from llm_dist.data.output import Output
 from llm_dist.data.shards import dataset_fingerprint
-from llm_dist.errors import UserError
 from llm_dist.tokenizer import KINDS, load
 from llm_dist.tokenizer_training import train
-from tests.unit.data.tiny_examples import json_lines, written
+from tests.unit.data.tiny_examples import json_lines, line_of, written
 
 TEXT = "the quick brown fox jumps over the lazy dog and naïve quack ; it is so . "
 REVIEWS = "the quick fox\tgood\nlazy dog jumps\tbad\nover the dog\tgood\n"
@@ -57,13 +56,6 @@ def documents(shards: ShardSet) -> list[list[int]]:
     return [part.tolist() for part in np.split(shards.tokens(0, shards.num_tokens), starts[1:])]
 
 
-def mistake(make: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        make()
-    (line,) = str(caught.value).splitlines()
-    return line
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_stand_between_their_marks_in_the_order_of_the_file(
     tmp_path: Path, make: Callable[..., Path], tokenizers: Path, kind: str
@@ -77,7 +69,6 @@ def test_texts_stand_between_their_marks_in_the_order_of_the_file(
     first, more, lazy, quick = tokenizer.encode_batch(["the fox <|sep|>", "é dog", "lazy", "quick dog"])
     shards, labels = opened(make(path, kind=kind))
     assert documents(shards) == [[CLS_ID, *first, SEP_ID], [CLS_ID, *lazy, SEP_ID]]
-    assert shards.num_bytes == len(b"the fox <|sep|>lazy")
     shards, labels = opened(make(path, kind=kind, text_pair="more"))
     assert documents(shards) == [[CLS_ID, *first, SEP_ID, *more, SEP_ID], [CLS_ID, *lazy, SEP_ID, *quick, SEP_ID]]
     assert shards.num_bytes == len("the fox <|sep|>lazyé dogquick dog".encode())
@@ -123,12 +114,13 @@ def test_labels_of_tokens_are_a_circle(tmp_path: Path, make: Callable[..., Path]
 
 
 def test_batches_change_nothing(tmp_path: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    reviews, tagged = written(tmp_path / "a.tsv", REVIEWS * 9), written(tmp_path / "a.conll", (TAGGED + "\n") * 9)
-    prints = [opened(make(reviews))[0].fingerprint, opened(make(tagged, "tag"))[0].fingerprint]
+    reviews = written(tmp_path / "a.tsv", "the quick brown fox jumps over it\tgood\n" + REVIEWS * 9)
+    tagged = written(tmp_path / "a.conll", (TAGGED + "\n") * 9)
+    before = [opened(make(reviews))[0].dataset, opened(make(tagged, "tag"))[0].dataset]
     monkeypatch.setattr("llm_dist.data.example_ids._BATCH_EXAMPLES", 4)
     monkeypatch.setattr("llm_dist.data.example_ids._BATCH_CHARACTERS", 40)
-    monkeypatch.setattr(labelled, "VERSION", 2)
-    assert [opened(make(reviews))[0].fingerprint, opened(make(tagged, "tag"))[0].fingerprint] == prints
+    (tmp_path / "cache").rename(tmp_path / "before")
+    assert [opened(make(reviews))[0].dataset, opened(make(tagged, "tag"))[0].dataset] == before
 
 
 def test_names_give_the_ids_and_others_are_unknown(tmp_path: Path, make: Callable[..., Path]) -> None:
@@ -136,9 +128,9 @@ def test_names_give_the_ids_and_others_are_unknown(tmp_path: Path, make: Callabl
     labels = opened(make(path, names=["so", "good", "bad"]))[1]
     assert labels.names == ("so", "good", "bad")
     assert labels.of_documents(np.arange(3)).tolist() == [1, 2, 1]
-    line = mistake(lambda: make(path, names=["good", "so"]))
+    line = line_of(lambda: make(path, names=["good", "so"]))
     assert line == "a.tsv: line 2: label 'bad' is unknown; the model knows good, so"
-    assert mistake(lambda: make(path, names=["good", "bad", "good"])).startswith("label 'good' is named twice")
+    assert line_of(lambda: make(path, names=["good", "bad", "good"])).startswith("label 'good' is named twice")
 
 
 @pytest.fixture
@@ -191,9 +183,8 @@ def test_the_labels_are_a_plain_array(tmp_path: Path, make: Callable[..., Path])
     folder = make(written(tmp_path / "a.tsv", REVIEWS))
     array = np.load(folder / "labels.npy")
     assert (array.dtype, array.tolist()) == (np.dtype("<i4"), [1, 0, 1])
-    about = json.loads((folder / "dataset.json").read_text())["labels"]
-    assert {**about, "sha256": None} == {"per": "document", "names": ["bad", "good"], "sha256": None}
-    assert not list(folder.glob("*.tmp"))
+    sha256 = hashlib.sha256((folder / "labels.npy").read_bytes()).hexdigest()
+    assert open_shards(folder).dataset["labels"] == {"per": "document", "names": ["bad", "good"], "sha256": sha256}
 
 
 def test_damage_is_named(tmp_path: Path, make: Callable[..., Path]) -> None:
@@ -206,15 +197,12 @@ def test_damage_is_named(tmp_path: Path, make: Callable[..., Path]) -> None:
         (content[:-1] + b"\1", "damaged, not the one dataset.json names (sha256)"),
     ):
         path.write_bytes(damaged)
-        line = mistake(lambda: open_labels(str(folder), dataset))
+        line = line_of(lambda: open_labels(str(folder), dataset))
         assert line == f"{path}: {words}; restore it, or delete {folder.parent} to have it made anew"
     path.unlink()
-    assert mistake(lambda: open_labels(str(folder), dataset)).startswith(f"{path}: missing; restore it, or delete")
-    assert "a folder of this machine only" in mistake(lambda: open_labels("s3://bucket/train", dataset))
-
-
-def test_shards_without_labels_have_none(tmp_path: Path) -> None:
-    assert open_labels(str(tmp_path), {"num_tokens": 3}) is None
+    assert line_of(lambda: open_labels(str(folder), dataset)).startswith(f"{path}: missing; restore it, or delete")
+    assert open_labels(str(folder), {key: value for key, value in dataset.items() if key != "labels"}) is None
+    assert "a folder of this machine only" in line_of(lambda: open_labels("s3://bucket/train", dataset))
 
 
 def test_what_a_kill_left_is_made_whole(tmp_path: Path, make: Callable[..., Path]) -> None:
@@ -227,25 +215,21 @@ def test_what_a_kill_left_is_made_whole(tmp_path: Path, make: Callable[..., Path
     assert opened(folder)[1].of_documents(np.arange(3)).tolist() == [1, 0, 1]
 
 
-def test_a_mistake_leaves_nothing_that_would_be_found(tmp_path: Path, make: Callable[..., Path]) -> None:
-    path = written(tmp_path / "a.tsv", REVIEWS + "dog\n")
-    assert "line 4: 1 columns" in mistake(lambda: make(path))
-    assert not list((tmp_path / "cache").rglob("dataset.json"))
-
-
-def test_a_file_that_changes_while_it_is_read_is_refused(
+def test_what_went_wrong_leaves_nothing_that_would_be_found(
     tmp_path: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = written(tmp_path / "a.tsv", REVIEWS)
+    path = written(tmp_path / "a.tsv", REVIEWS + "dog\n")
+    assert "line 4: 1 columns" in line_of(lambda: make(path))
+    written(path, REVIEWS)
     write = labelled._write
     monkeypatch.setattr(labelled, "_write", lambda *args: (write(*args), written(path, REVIEWS * 2)))
-    assert mistake(lambda: make(path)) == f"{path}: changed while it was read; start again when it is whole"
+    assert line_of(lambda: make(path)) == f"{path}: changed while it was read; start again when it is whole"
     assert not list((tmp_path / "cache").rglob("dataset.json"))
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, make: Callable[..., Path]) -> None:
     written(tmp_path / "cache", "a file")
-    line = mistake(lambda: make(written(tmp_path / "a.tsv", REVIEWS)))
+    line = line_of(lambda: make(written(tmp_path / "a.tsv", REVIEWS)))
     assert line.startswith(f"data.cache={tmp_path}/cache: cannot be written")
 
 
@@ -284,11 +268,26 @@ def test_who_finds_another_making_them_waits(
     assert len(waits) == 1
 
 
+def test_what_another_finished_a_moment_ago_is_not_made_again(
+    tmp_path: Path, make: Callable[..., Path], count_made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "a.tsv", REVIEWS)
+    folder = make(path)
+    folder.rename(tmp_path / "finished")
+
+    class LateOutput(Output):
+        def __enter__(self) -> Self:
+            (tmp_path / "finished").rename(folder)
+            return super().__enter__()
+
+    monkeypatch.setattr(labelled, "Output", LateOutput)
+    assert (make(path), len(count_made)) == (folder, 1)
+
+
 @pytest.mark.data
 def test_real_labelled_text(tmp_path: Path, make: Callable[..., Path], data_folder: Callable[[str], Path]) -> None:
     shards, labels = opened(make(data_folder("sst2") / "train.tsv"))
-    counts = np.bincount(labels.of_documents(np.arange(shards.num_documents))).tolist()
-    assert (labels.names, counts) == (("0", "1"), [3310, 3610])
+    assert np.bincount(labels.of_documents(np.arange(shards.num_documents))).tolist() == [3310, 3610]
 
 
 @pytest.mark.data

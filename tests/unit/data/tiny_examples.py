@@ -27,8 +27,13 @@ def sentences(path: Path | str, **columns: str) -> list[tuple[tuple[str, ...], t
 
 
 def mistake(path: Path | str, task: Task = "classify", **columns: str) -> str:
+    return line_of(lambda: read(path, task, **columns))
+
+
+def line_of(action: Callable[[], object]) -> str:
+    """The one line of the `UserError` that it ends with."""
     with pytest.raises(UserError) as caught:
-        read(path, task, **columns)
+        action()
     (line,) = str(caught.value).splitlines()
     return line
 
