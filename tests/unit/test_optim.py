@@ -118,9 +118,9 @@ def test_an_empty_group_is_left_out() -> None:
 
 
 def test_lower_blocks_learn_more_slowly() -> None:
-    run = run_file(family="bert", layer_lr_decay=0.5)
-    model = Transformer(run.model, 20, torch.float32)
-    groups = optim.build(model.named_parameters(), run.optim).param_groups
+    shape = config.Model(family="bert", layers=2, d_model=8, heads=2)
+    model = Transformer(shape, 20, torch.float32)
+    groups = optim.build(model.named_parameters(), run_file(layer_lr_decay=0.5).optim).param_groups
     scale_of = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
     scales = {name: scale_of[id(parameter)] for name, parameter in model.named_parameters()}
 
