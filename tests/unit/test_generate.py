@@ -19,6 +19,7 @@ class Letters:
     """Id 0 separates; ids from 8 on are characters; two `^` make one character, half of it cannot be shown."""
 
     separator_id = 0
+    end_ids = frozenset({0})
 
     def encode(self, text: str) -> list[int]:
         return [8 + ord(character) - 32 for character in text]
