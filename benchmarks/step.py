@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_dist import config, objectives, optim, runtime
+from llm_dist import config, optim, runtime
 from llm_dist.batch import Batch
 from llm_dist.engine import select
 from llm_dist.engine.engine import Engine
 from llm_dist.model.init import initial_value
 from llm_dist.model.size import flops_per_token
 from llm_dist.model.transformer import Transformer
-from llm_dist.objectives import Trainee
+from llm_dist.objectives.causal import Causal
+from llm_dist.objectives.objective import Trainee
 from llm_dist.probe import matmul_flops_per_second
 from llm_dist.rows import Rows
 from llm_dist.runtime import Runtime
@@ -88,7 +89,7 @@ def measure(on_gpu: bool, rounds: int = 7) -> list[dict[str, Any]]:
 
 def _case(name: str, run: config.Config, here: Runtime) -> Case:
     dtype = torch.bfloat16 if run.engine.precision == "bf16" else torch.float32
-    objective = objectives.build(run.objective)
+    objective = Causal(run.objective.z_loss)
     with torch.device(select.CONSTRUCTION_DEVICE[run.engine.name]):
         trainee = Trainee(Transformer(run.model, VOCABULARY, dtype), objective)
     engine = select.build(

@@ -22,7 +22,7 @@ PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """\
 # The run file: every key
 
-<!-- Written by docs/generate.py from llm_dist/config_sections.py; change the docstrings there. -->
+<!-- Written by docs/generate.py from llm_dist/config_sections.py and config_model.py; change the docstrings there. -->
 
 A run file is TOML written by hand, or JSON written by a machine (`config.json` of a run folder is one). It states
 what is trained; machines (how many ranks) stand on the command line. Unknown keys are refused, with the nearest known

@@ -113,6 +113,22 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        objective, model, packing = self.objective, self.model, self.data.packing
+        named = f'objective.name="{objective.name}"'
+        if objective.is_masked and model.is_causal:
+            raise ValueError(f'{named} needs model.attention="bidirectional", as model.family="bert" has it')
+        if objective.name in ("causal", "instruct") and not model.is_causal:
+            raise ValueError(f'{named} needs model.attention="causal", as model.family="llama" has it')
+        if objective.is_paired and packing != "separate":
+            raise ValueError(f'{named} needs data.packing="separate": a row holds two texts, not parts of many')
+        if objective.name == "masked_nsp" and self.sequences_per_step < 2:
+            raise ValueError(f"{named} needs at least 2 sequences per step; raise batch.tokens_per_step")
+        if objective.num_frame_tokens and self.text_tokens < 2:
+            raise ValueError(f"data.sequence_tokens={self.data.sequence_tokens} leaves no room for text; raise it")
+        return self
+
     @property
     def schedule_steps(self) -> int:
         """Steps the learning-rate schedule spans."""
@@ -122,6 +138,26 @@ class Config(Section):
     def sequences_per_step(self) -> int:
         """Rows of a step's global set, S."""
         return self.batch.tokens_per_step // self.data.sequence_tokens
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of text in a sequence: what the objective does not put around it."""
+        return self.data.sequence_tokens - self.objective.num_frame_tokens
+
+    @property
+    def heads(self) -> Heads:
+        """What the model ends in."""
+        name = self.objective.name
+        if name in ("classify", "tag"):
+            return Heads(language=False, classes=len(self.data.labels), per_token=name == "tag")
+        return Heads(pair=self.objective.is_paired)
+
+    @property
+    def scored_tokens(self) -> int:
+        """Most positions of a sequence that reach the head."""
+        if self.objective.is_masked:
+            return max(1, round(self.objective.mask_fraction * self.text_tokens))
+        return 1 if self.objective.name == "classify" else self.data.sequence_tokens
 
     @property
     def save_every_steps(self) -> int:

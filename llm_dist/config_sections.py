@@ -57,12 +57,23 @@ class Data(Section):
     """Shard folder or folders for validation; each gets its own curve, named after the folder."""
     sequence_tokens: int = identity(ge=1)
     """Length T of a training sequence."""
-    packing: Literal["concatenate", "best_fit"] = identity("concatenate")
-    """concatenate: sequences are cut from the stream. best_fit: whole documents, packed tightly, and padding."""
+    packing: Literal["concatenate", "best_fit", "separate"] = identity("concatenate")
+    """concatenate: sequences are cut from the stream. best_fit: whole documents, packed tightly, and padding. separate:
+    a document, or a piece of one, per sequence, and padding; labelled data is always read so."""
     document_mask: bool = identity(False)
     """Attention and positions stop at document borders (taken from the index, never inferred)."""
     tokenizer: str | None = free(None)
     """Tokenizer folder for sources that are raw text: they become shards in `data.cache` when the run starts."""
+    text_column: str | None = identity(None)
+    """Column of labelled files that holds the text, or the words; a number counts from 0 where there is no header."""
+    text_pair_column: str | None = identity(None)
+    """Column that holds the second text; there is one text when absent."""
+    label_column: str | None = identity(None)
+    """Column that holds the label, or the words' labels."""
+    labels: list[str] = identity([])
+    """Names of the labels, in the order of their ids; those of the training data, sorted, when absent."""
+    too_long: Literal["refuse", "cut"] = identity("refuse")
+    """Labelled examples longer than `sequence_tokens`: refused, or cut at the end."""
     split: Literal["file", "blank-line", "line"] = free("file")
     """What a document is in raw .txt, as in `llm-dist tokenize`."""
     cache: str = free("~/.cache/llm_dist")
@@ -198,7 +209,9 @@ class Eval(Section):
     max_sequences: int | None = free(None, ge=1)
     """Score at most so many windows of each held-out folder; all when absent."""
     patience: int | None = from_now(None, ge=1)
-    """Stop when the first held-out loss has not improved for so many evaluations."""
+    """Stop when the first held-out folder has not been scored better for so many evaluations."""
+    best: Literal["loss", "accuracy", "macro_f1", "f1", "pair_accuracy"] = from_now("loss")
+    """What the best evaluation is the best by: the lowest loss, or the highest of a score that the objective has."""
 
 
 class Guard(Section):
@@ -238,17 +251,62 @@ class Log(Section):
 class Objective(Section):
     """What is learnt."""
 
-    name: Literal["causal"] = identity("causal")
-    """causal: predict each token from those before it."""
+    name: Literal["causal", "masked", "masked_nsp", "masked_sop", "classify", "tag", "instruct"] = identity("causal")
+    """causal: predict each token from those before it. masked: predict hidden tokens from all around them; masked_nsp
+    also tells whether a text goes on with another, masked_sop whether two texts stand in order. classify: a label per
+    text or pair of texts. tag: a label per word. instruct: causal, on the responses only."""
     z_loss: float = from_now(0.0, ge=0)
     """Weight of the squared log-normaliser (PaLM's z-loss); 0 is off."""
+    mask_fraction: float = identity(0.15, gt=0, le=0.5)
+    """Share of a row's tokens that are hidden."""
+    mask_unit: Literal["token", "word", "span"] = identity("token")
+    """What is hidden as a whole: a token, a word, or a span of words."""
+    span_words: float = identity(3.0, ge=1)
+    """Mean number of words in a span."""
+    mask_token_fraction: float = identity(0.8, ge=0, le=1)
+    """Share of the hidden tokens that the mask token stands for."""
+    random_token_fraction: float = identity(0.1, ge=0, le=1)
+    """Share of the hidden tokens that another token stands for; the rest stays as it is."""
+    pair_weight: float = from_now(1.0, ge=0)
+    """Weight of a pair's loss beside the mean loss of its hidden tokens."""
+    class_weights: Literal["none", "balanced"] | list[float] = from_now("none")
+    """Factors of each label's loss; balanced: the rarer, the heavier, so that all labels weigh the same."""
+
+    @model_validator(mode="after")
+    def _fates_fit(self) -> Self:
+        if self.mask_token_fraction + self.random_token_fraction > 1:
+            raise ValueError(
+                f"objective.mask_token_fraction={self.mask_token_fraction} and objective.random_token_fraction="
+                f"{self.random_token_fraction} must be at most 1 together"
+            )
+        return self
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether hidden tokens are predicted."""
+        return self.name.startswith("masked")
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a row holds two texts that may not belong together."""
+        return self.name in ("masked_nsp", "masked_sop")
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether it learns from labels that people gave."""
+        return self.name in ("classify", "tag", "instruct")
+
+    @property
+    def num_frame_tokens(self) -> int:
+        """Tokens of a row that are put around its text."""
+        return 3 if self.is_paired else 2 if self.is_masked else 0
 
 
 class Init(Section):
     """Where the weights come from."""
 
     source: str | None = identity(None, alias="from")
-    """Run folder or checkpoint whose weights start this run; random when absent."""
+    """Run folder, checkpoint or Hugging Face folder whose weights start this run; random when absent."""
     std: float = identity(0.02, gt=0)
     """Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2 layers)."""
 

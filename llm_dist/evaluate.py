@@ -1,17 +1,17 @@
-"""How well a model predicts held-out text: every token scored once, as perplexity and bits per byte."""
+"""How well a model does on held-out text: its loss, and what follows from it or is counted beside it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from llm_dist.batch import Batch, LossSum
-from llm_dist.data.holdout import HoldoutWindows
-from llm_dist.data.index import ShardSet
-from llm_dist.objectives import Objective
+from llm_dist.data.holdout import Windows
+from llm_dist.errors import UserError
+from llm_dist.objectives.objective import Objective
 from llm_dist.runtime import Runtime
 
 
@@ -20,15 +20,37 @@ class Evaluation:
     """Result on one held-out folder."""
 
     loss_nats: float
-    """Mean negative log-likelihood per token."""
-    perplexity: float
-    """exp(loss_nats); infinite where that overflows."""
-    bits_per_byte: float
-    """Bits per UTF-8 byte of the text: comparable between tokenizers."""
+    """Mean negative log-likelihood per scored token, or per label."""
+    perplexity: float | None
+    """exp(loss_nats), infinite where that overflows; None where not every token of the text is scored."""
+    bits_per_byte: float | None
+    """Bits per UTF-8 byte of the text, comparable between tokenizers; None where not all of it is scored."""
     tokens: int
-    """Tokens scored."""
+    """Tokens, or labels, scored."""
     bytes: int
     """UTF-8 bytes of the text that was scored."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """What the objective counts besides, by name; more is better."""
+
+    def by(self, name: str) -> float:
+        """What the best evaluation is the least in: the loss, or a score with its sign changed.
+
+        Raises:
+            UserError: the objective has no such score.
+        """
+        if name == "loss":
+            return self.loss_nats
+        if name not in self.scores:
+            known = ", ".join(["loss", *self.scores])
+            raise UserError(f'eval.best="{name}": this objective has no such score; it has {known}')
+        return -self.scores[name]
+
+    def words(self) -> str:
+        """For people, in one line."""
+        parts = [f"loss {self.loss_nats:.4f} nats"]
+        if self.perplexity is not None and self.bits_per_byte is not None:
+            parts += [f"perplexity {self.perplexity:.2f}", f"{self.bits_per_byte:.4f} bits per byte"]
+        return ", ".join([*parts, *(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.scores.items())])
 
 
 class EvaluationStopped(Exception):
@@ -38,16 +60,13 @@ class EvaluationStopped(Exception):
 def evaluate(
     loss_of: Callable[[Batch], LossSum],
     objective: Objective,
-    shards: ShardSet,
+    windows: Windows,
     runtime: Runtime,
     *,
-    sequence_tokens: int,
-    document_mask: bool = False,
     sequences_per_batch: int = 8,
-    max_sequences: int | None = None,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Score a held-out folder in consecutive windows of `sequence_tokens`, partial ones included.
+    """Score held-out text in all of its windows.
 
     Collective: all ranks call this. Windows are dealt to the ranks in turn, and every rank makes the same number of
     calls of `loss_of`, because an engine that shards parameters gathers them in each.
@@ -57,22 +76,22 @@ def evaluate(
     Raises:
         EvaluationStopped: `must_stop` said so.
     """
-    windows = HoldoutWindows(shards, sequence_tokens, document_mask, max_sequences)
     own = range(runtime.rank, windows.num_windows, runtime.ranks)
     most_windows = -(-windows.num_windows // runtime.ranks)
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2 + objective.num_counts, dtype=torch.float64)
     for first in range(0, most_windows, sequences_per_batch):
         if must_stop():
             raise EvaluationStopped
         chosen = own[first : first + sequences_per_batch]
-        batch = objective.make_batch(windows.rows(chosen), sequences_per_batch)
-        loss = loss_of(batch.to(runtime.device))
-        sums += torch.stack([loss.nats.double(), loss.tokens.double()]).cpu()
-    nats, tokens = runtime.sum(sums).tolist()
-    return _evaluation(nats, int(tokens), windows.num_bytes)
-
-
-def _evaluation(nats: float, tokens: int, num_bytes: int) -> Evaluation:
-    mean = nats / max(1, tokens)
+        batch = objective.make_batch(windows.rows(chosen), sequences_per_batch).to(runtime.device)
+        loss = loss_of(batch)
+        sums[:2] += torch.stack([loss.nats.double(), loss.tokens.double()]).cpu()
+        sums[2:] += objective.count(batch, loss).cpu()
+    total = runtime.sum(sums)
+    nats, tokens = total[:2].tolist()
+    mean, scores = nats / max(1, tokens), objective.scores(total[2:])
+    if not objective.scores_text:
+        return Evaluation(mean, None, None, int(tokens), windows.num_bytes, scores)
     perplexity = math.exp(mean) if mean < 700 else math.inf
-    return Evaluation(mean, perplexity, nats / math.log(2) / max(1, num_bytes), tokens, num_bytes)
+    bits_per_byte = nats / math.log(2) / max(1, windows.num_bytes)
+    return Evaluation(mean, perplexity, bits_per_byte, int(tokens), windows.num_bytes, scores)

@@ -133,11 +133,17 @@ def make_plan(
     model, rows = config.model, make_rows(config, ranks)
     memory = memory_of(config, vocabulary_tokens, ranks, machine)
     tokens = config.run.steps * config.batch.tokens_per_step
-    flops = size.flops_per_token(model, vocabulary_tokens, config.data.sequence_tokens)
+    flops = size.flops_per_token(
+        model,
+        vocabulary_tokens,
+        config.data.sequence_tokens,
+        config.heads,
+        config.scored_tokens / config.data.sequence_tokens,
+    )
     again = {"none": 1.0, "selective": 1.0, "full": 4 / 3}[config.engine.recompute]  # a second forward pass
     flops_of_run = flops.full * again * tokens / (1 - rows.waste)
     return Plan(
-        num_parameters=size.num_parameters(model, vocabulary_tokens).total,
+        num_parameters=size.num_parameters(model, vocabulary_tokens, config.heads).total,
         vocabulary_tokens=vocabulary_tokens,
         hugging_face=hugging_face_class(model),
         not_exportable=why_not_exportable(model),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from llm_dist.config import Config
 from llm_dist.model import size
-from llm_dist.model.size import ACTIVATION_BYTES, FP32_BYTES, GPU, Machine
+from llm_dist.model.size import ACTIVATION_BYTES, FP32_BYTES, GPU, HeadBytes, Machine
 
 MOMENTS = {"adamw": 2, "sgd": 0}
 """fp32 values an optimizer keeps for each parameter."""
@@ -119,7 +119,7 @@ def memory_of(
         machine: whose kernels compute.
     """
     num_micro_batches, rows = dealing
-    shapes = size.parameter_shapes(config.model, vocabulary_tokens)
+    shapes = size.parameter_shapes(config.model, vocabulary_tokens, config.heads)
     sizes = _Sizes(config, shapes, ranks, group, num_micro_batches > 1, machine)
     held = _engine(config)(sizes)
     computed = (config.model, rows, config.data.sequence_tokens, config.engine.precision, config.engine.recompute)
@@ -127,7 +127,10 @@ def memory_of(
     kept_of_block = size.block_activation_bytes(*computed, machine)
     backward = size.backward_block_bytes(*computed, machine)
     weight_is_fp32 = config.engine.name == "plain"
-    head = size.head_bytes(config.model, vocabulary_tokens, *computed[1:4], machine, weight_is_fp32=weight_is_fp32)
+    head = HeadBytes(0, 0)
+    if config.heads.language:
+        scored = (rows, config.scored_tokens, config.engine.precision)
+        head = size.head_bytes(config.model, vocabulary_tokens, *scored, machine, weight_is_fp32=weight_is_fp32)
     moments = (
         held.in_loss + saved + head.kept + head.transient,
         held.in_last_block + saved + head.kept + max(backward, held.after_block),

@@ -14,6 +14,12 @@ import numpy.typing as npt
 TokenArray = npt.NDArray[np.integer[Any]]
 
 
+NOT_LABELLED = -100
+"""Target of an input that has no label."""
+HELD_OUT = -1
+"""Step of held-out rows, which belong to none: what is drawn for them is drawn once."""
+
+
 class Rows(NamedTuple):
     """Some rows of a step's global set, or of held-out text."""
 
@@ -29,23 +35,33 @@ class Rows(NamedTuple):
     """Index of the first row in the step's global set."""
     sources: TokenArray | None = None
     """[n]: which source each row is from; None where there are no sources."""
+    step: int = HELD_OUT
+    """Steps finished before the one whose rows these are."""
+    row_stride: int = 1
+    """From one row's index to the next one's."""
+    targets: TokenArray | None = None
+    """[n], a label of each row's document, or [n, T], of each input; None where nothing is labelled."""
+    partners: TokenArray | None = None
+    """[n, T]: text of another document, for objectives that pair texts; None for others."""
+    num_partner_tokens: TokenArray | None = None
+    """[n]: how many tokens of `partners` are text; 0 where no other document was found."""
 
     @property
     def num_rows(self) -> int:
         """How many there are, n."""
         return len(self.inputs)
 
+    @property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """[n]: index of each row in the step's global set, or among held-out rows."""
+        return self.first_row + self.row_stride * np.arange(self.num_rows)
+
     def part(self, first: int, count: int, first_row: int) -> Rows:
         """`count` rows from `first` on, the first of them being row `first_row` of its step's set; not copied."""
         chosen = slice(first, first + count)
-        return Rows(
-            self.inputs[chosen],
-            self.following[chosen],
-            None if self.num_scored is None else self.num_scored[chosen],
-            None if self.document_ids is None else self.document_ids[chosen],
-            first_row,
-            None if self.sources is None else self.sources[chosen],
-        )
+        fields = zip(self._fields, self, strict=True)
+        arrays: dict[str, Any] = {name: value[chosen] for name, value in fields if isinstance(value, np.ndarray)}
+        return self._replace(**arrays, first_row=first_row)
 
     def scored_tokens(self) -> TokenArray:
         """Scored positions of each row: [n]."""
@@ -69,4 +85,5 @@ def merge(parts: Sequence[tuple[TokenArray, Rows]], num_rows: int) -> Rows:
         together([rows.following for _, rows in parts]),
         None if first.num_scored is None else together([rows.scored_tokens() for _, rows in parts]),
         None if first.document_ids is None else together([rows.document_ids for _, rows in parts]),  # type: ignore[misc]
+        targets=None if first.targets is None else together([rows.targets for _, rows in parts]),  # type: ignore[misc]
     )

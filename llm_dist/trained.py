@@ -9,16 +9,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm_dist import config, objectives
+from llm_dist import config
 from llm_dist import tokenizer as tokenizers
 from llm_dist.checkpoint import layout
 from llm_dist.checkpoint.store import read_parameters
 from llm_dist.data.index import ShardSet
+from llm_dist.data.opening import held_out
 from llm_dist.errors import UserError
 from llm_dist.evaluate import Evaluation, evaluate
 from llm_dist.exchange.export import export
 from llm_dist.model.transformer import Transformer
-from llm_dist.objectives import Trainee
+from llm_dist.objectives import select as objectives
+from llm_dist.objectives.objective import Trainee
 from llm_dist.runtime import Runtime
 from llm_dist.tokenizer import Tokenizer
 
@@ -43,12 +45,13 @@ class Trained:
         """The model, ready to use, on the GPU where there is one; `precision` is the run's own by default."""
         precision = precision or self.run.engine.precision
         with torch.device("meta"):
-            model = Transformer(self.run.model, self.tokenizer.vocabulary_tokens, DTYPES[precision])
+            model = Transformer(self.run.model, self.tokenizer.vocabulary_tokens, DTYPES[precision], self.run.heads)
         weights = self.parameters()
-        if self.run.model.tied_head:
+        is_tied = self.run.model.tied_head and self.run.heads.language
+        if is_tied:
             weights["head.weight"] = weights["embedding.weight"]
         model.load_state_dict(weights, assign=True)
-        if self.run.model.tied_head:
+        if is_tied:
             model.language.weight = model.embedding.weight
         return model.to(_device()).eval()
 
@@ -77,16 +80,14 @@ def score(trained: Trained, shards: ShardSet, precision: Precision | None = None
             f"{trained.tokenizer.folder}"
         )
     run = trained.run
-    objective = objectives.build(run.objective)
+    objective = objectives.build(run, trained.tokenizer.folder)
     trainee = Trainee(trained.model(precision), objective)
     with torch.no_grad():
         return evaluate(
             trainee,
             objective,
-            shards,
+            held_out(run, shards),
             Runtime(0, 1, 0, _device()),
-            sequence_tokens=run.data.sequence_tokens,
-            document_mask=run.data.document_mask,
             sequences_per_batch=run.batch.sequences_per_micro_batch,
         )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FLOORS = (
-    ("errors", "batch", "rows", "fingerprint", "publishing"),
+    ("errors", "batch", "rows", "draws", "fingerprint", "publishing"),
     ("config", "runtime"),
     ("model", "tokenizer", "optim"),
     ("plan", "objectives", "metrics"),
@@ -66,7 +66,7 @@ TORCH_FREE = (
         "llm_dist.model.size",
         "llm_dist.checkpoint.layout",
     ),
-    *("llm_dist.rows", "llm_dist.data", "llm_dist.fingerprint"),
+    *("llm_dist.rows", "llm_dist.draws", "llm_dist.data", "llm_dist.fingerprint"),
 )
 """Importing these, and all that lies inside them, loads no torch."""
 

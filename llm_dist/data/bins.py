@@ -1,4 +1,4 @@
-"""Best-fit packing of a chunk's documents into bins of a sequence's length: a pure function of their lengths.
+"""A chunk's documents in bins of a sequence's length, packed or each alone: a pure function of their lengths.
 
 A document longer than a bin is cut into whole bins and a rest. What is shorter than a bin goes, longest first, into the
 fullest bin that still holds it (best-fit decreasing; Ding et al. 2024, arXiv 2404.10830, pack so to avoid truncation).
@@ -58,6 +58,18 @@ def plan_bins(document_ends: npt.NDArray[np.uint32], bin_tokens: int) -> BinPlan
             np.int32
         ),
     )
+
+
+def separate_bins(document_ends: npt.NDArray[np.uint32], bin_tokens: int) -> BinPlan:
+    """A bin for each document that ends at `document_ends` [n], in their order, and more for what is longer."""
+    ends = document_ends.astype(np.int64)
+    firsts = np.concatenate([[0], ends[:-1]])
+    num_bins = -(-(ends - firsts) // bin_tokens)
+    within = np.arange(int(num_bins.sum())) - np.repeat(np.cumsum(num_bins) - num_bins, num_bins)
+    bin_firsts = np.repeat(firsts, num_bins) + within * bin_tokens
+    sizes = np.minimum(np.repeat(ends, num_bins) - bin_firsts, bin_tokens)
+    pieces = np.arange(1, len(sizes) + 1)
+    return BinPlan(bin_firsts.astype(np.int32), sizes.astype(np.int32), pieces.astype(np.int32))
 
 
 def _best_fit(sizes: list[int], bin_tokens: int) -> npt.NDArray[np.int64]:

@@ -1,21 +1,89 @@
-"""Held-out text as windows in which every token is scored exactly once.
+"""Held-out text as windows: every token scored exactly once, or every document on its own.
 
-The stream of n tokens is a circle that starts with a separator. Window i has the T inputs from token i T on; their
-targets are the tokens one further. So the targets of all ceil(n / T) windows are tokens 1 .. n - 1 and, as the last
-one, the separator at the stream's start, which closes the last document:
+For language modelling the stream of n tokens is a circle that starts with a separator. Window i has the T inputs from
+token i T on; their targets are the tokens one further. So the targets of all ceil(n / T) windows are tokens 1 .. n - 1
+and, as the last one, the separator at the stream's start, which closes the last document:
 
     scored tokens = n = tokens of text + documents (each document's end counts, its own separator does not)
 
 The last window has n - (windows - 1) T scored positions; behind them stand separators that are not scored. Bits per
-byte = nats / ln 2 / num_bytes, num_bytes being the UTF-8 bytes of the text. Knows no model and no torch.
+byte = nats / ln 2 / num_bytes, num_bytes being the UTF-8 bytes of the text.
+
+Where documents are read one by one (`data.packing="separate"`, labelled data), so they are here, in their order.
+Knows no model and no torch.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Protocol
+
 import numpy as np
 
+from llm_dist.data import pairs
 from llm_dist.data.index import ShardSet
-from llm_dist.rows import Rows
+from llm_dist.data.order import Indices
+from llm_dist.data.packing import Separate
+from llm_dist.rows import HELD_OUT, Rows
+
+
+class Windows(Protocol):
+    """Held-out text, cut into rows."""
+
+    @property
+    def num_windows(self) -> int:
+        """How many there are."""
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text that they hold."""
+
+    def rows(self, chosen: range) -> Rows:
+        """The windows of these numbers, of `num_windows`.
+
+        Raises:
+            UserError: a block they lie in is damaged.
+        """
+
+
+class SeparateWindows:
+    """Each document on its own, or in pieces where it is longer than a sequence."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        sequence_tokens: int,
+        cache: Path,
+        max_sequences: int | None = None,
+        pair_seed: int | None = None,
+    ) -> None:
+        """With a `pair_seed`, each row comes with text of another document."""
+        self._packing, self._pair_seed = Separate(shards, sequence_tokens, cache), pair_seed
+        self._chosen = _spread(self._packing.num_windows, max_sequences)
+        self.num_windows = len(self._chosen)
+        self.num_bytes = round(shards.num_bytes * self.num_windows / self._packing.num_windows)
+
+    def rows(self, chosen: range) -> Rows:
+        """The windows of these numbers, of `num_windows`."""
+        rows = self._read(self._chosen[chosen.start : chosen.stop : chosen.step])
+        rows = rows._replace(first_row=chosen.start, row_stride=chosen.step)
+        if self._pair_seed is None:
+            return rows
+        documents = self._packing.documents(self._chosen)[None]
+        others = pairs.partners(self._pair_seed, range(HELD_OUT, HELD_OUT + 1), range(self.num_windows), documents)[0]
+        own = others[chosen.start : chosen.stop : chosen.step]
+        has_partner = own != pairs.NONE
+        text = self._read(self._chosen[np.where(has_partner, own, 0)])
+        return rows._replace(partners=text.inputs, num_partner_tokens=np.where(has_partner, text.scored_tokens(), 0))
+
+    def _read(self, windows: Indices) -> Rows:
+        return self._packing.rows(np.zeros_like(windows), windows, document_mask=False)
+
+
+def _spread(num_all: int, most: int | None) -> Indices:
+    """At most `most` of `num_all` windows, spread evenly: [n]."""
+    num_chosen = min(num_all, most or num_all)
+    return np.arange(num_chosen, dtype=np.int64) * num_all // num_chosen
 
 
 class HoldoutWindows:
@@ -34,8 +102,7 @@ class HoldoutWindows:
         self.sequence_tokens = sequence_tokens
         self.document_mask = document_mask
         num_all = -(-shards.num_tokens // sequence_tokens)
-        num_windows = min(num_all, max_sequences or num_all)
-        self._starts = np.arange(num_windows, dtype=np.int64) * num_all // num_windows * sequence_tokens
+        self._starts = _spread(num_all, max_sequences) * sequence_tokens
         self._num_scored = np.minimum(sequence_tokens, shards.num_tokens - self._starts)
 
     @property
@@ -75,4 +142,4 @@ class HoldoutWindows:
             tokens[row, end + 1 :] = tokens[row, end]
             if ids is not None:
                 ids[row, end:] = ids[row, end]
-        return Rows(tokens[:, :-1], tokens[:, 1:], num_scored, ids)
+        return Rows(tokens[:, :-1], tokens[:, 1:], num_scored, ids, chosen.start, row_stride=chosen.step)

@@ -99,6 +99,8 @@ class ShardSet:
         self.is_remote = reader.is_remote
         """Whether reading goes over a network, so that it helps to say what will be read."""
         self.chunks = chunks
+        self.labels: Any = None
+        """Of documents or tokens, where they have any."""
         self._reader = reader
 
     def tokens(self, start: int, count: int) -> Integers:

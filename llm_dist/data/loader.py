@@ -30,7 +30,7 @@ class Loader:
         self._rows = reading.rank_rows(ranks, rank)
         self._group_steps = max(1, _READ_SEQUENCES // max(1, len(self._rows)))
         self._ahead_groups = workers + 1
-        self._block: tuple[range, Places] | None = None
+        self._block: tuple[range, Places, Places | None] | None = None
         self._group: tuple[int, Rows] | None = None
         """The group last asked for, by its first step."""
         self._coming: dict[int, Future[Rows]] = {}
@@ -50,7 +50,7 @@ class Loader:
             self._group = self._take(step)
         first, group = self._group
         count = len(self._rows)
-        return group.part((step - first) * count, count, self._rows.start)
+        return group.part((step - first) * count, count, self._rows.start)._replace(step=step)
 
     def close(self) -> None:
         """Wait for the threads and forget what they prepared; a second call does nothing."""
@@ -88,12 +88,12 @@ class Loader:
                 self._coming[missing] = threads.submit(self._read, missing)
 
     def _read(self, first: int) -> Rows:
-        steps, places = self._places(first)
+        steps, places, partners = self._places(first)
         within = slice(first - steps.start, first - steps.start + self._group_steps)
-        sources, epochs, windows = places
-        return self._reading.read(sources[within].reshape(-1), epochs[within].reshape(-1), windows[within].reshape(-1))
+        rows = self._reading.read(*places.of(within))
+        return rows if partners is None else self._reading.paired(rows, *partners.of(within))
 
-    def _places(self, first: int) -> tuple[range, Places]:
+    def _places(self, first: int) -> tuple[range, Places, Places | None]:
         """Places of the rank's rows in a block of steps that is computed together and holds the group at `first`."""
         block = self._block
         # Threads may compute a block twice at its border, which costs time and changes nothing.
@@ -101,5 +101,6 @@ class Loader:
             sequences = _FIRST_BLOCK_SEQUENCES if block is None else _ORDER_BLOCK_SEQUENCES
             groups = max(1, sequences // max(1, len(self._rows) * self._group_steps))
             steps = range(first, first + groups * self._group_steps)
-            block = self._block = steps, self._reading.places(steps, self._rows)
+            own = self._rows
+            block = self._block = steps, self._reading.places(steps, own), self._reading.partners(steps, own)
         return block

@@ -12,13 +12,15 @@ from xxhash import xxh3_64_intdigest
 from llm_dist import config_sections, tokenizer
 from llm_dist.config import Config
 from llm_dist.data.folder import DATASET, INDEX
+from llm_dist.data.holdout import HoldoutWindows, SeparateWindows, Windows
 from llm_dist.data.index import ShardSet
 from llm_dist.data.mixture import Segment, exact
-from llm_dist.data.order import Order, keys
-from llm_dist.data.packing import BestFit, Concatenated, Packing
+from llm_dist.data.order import Order
+from llm_dist.data.packing import BestFit, Concatenated, Packing, Separate
 from llm_dist.data.places import is_url, open_place
 from llm_dist.data.raw import shards_of
 from llm_dist.data.reading import Reading, Source, segments_by_size
+from llm_dist.draws import keys
 from llm_dist.errors import UserError
 
 
@@ -48,8 +50,9 @@ def open_reading(run: Config) -> Reading:
         sources,
         segments,
         run.sequences_per_step,
-        run.data.sequence_tokens,
+        run.text_tokens,
         document_mask=run.data.document_mask,
+        pair_seed=run.run.seed if _needs_partners(run) else None,
     )
 
 
@@ -61,6 +64,14 @@ def open_holdouts(run: Config, train: ShardSet) -> dict[str, ShardSet]:
         _check_same_tokenizer("data.holdout", place, shards, train)
         opened[_curve_name(place, opened)] = shards
     return opened
+
+
+def held_out(run: Config, shards: ShardSet, max_sequences: int | None = None) -> Windows:
+    """A held-out folder in the windows that the run's objective reads; at most `max_sequences` of them."""
+    if not _is_separate(run):
+        return HoldoutWindows(shards, run.text_tokens, run.data.document_mask, max_sequences)
+    pair_seed = run.run.seed if _needs_partners(run) else None
+    return SeparateWindows(shards, run.text_tokens, cache_folder(run), max_sequences, pair_seed)
 
 
 def with_mixture(run: Config, reading: Reading) -> Config:
@@ -107,9 +118,19 @@ def _check_tokenizer(run: Config) -> None:
 
 
 def _packing(run: Config, shards: ShardSet, seed: int) -> Packing:
+    if _is_separate(run):
+        return Separate(shards, run.text_tokens, cache_folder(run))
     if run.data.packing == "best_fit":
-        return BestFit(shards, run.data.sequence_tokens, cache_folder(run))
-    return Concatenated(shards, run.data.sequence_tokens, seed)
+        return BestFit(shards, run.text_tokens, cache_folder(run))
+    return Concatenated(shards, run.text_tokens, seed)
+
+
+def _is_separate(run: Config) -> bool:
+    return run.data.packing == "separate" or run.objective.is_labelled
+
+
+def _needs_partners(run: Config) -> bool:
+    return run.objective.name == "masked_nsp"
 
 
 def _check_same_tokenizer(key: str, place: str, shards: ShardSet, first: ShardSet) -> None:

@@ -18,8 +18,9 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from llm_dist.draws import GOLDEN, WORD, Words, keys, mix
+
 Indices = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
 
 LANES = 64
 POOL_CELLS = 4
@@ -28,26 +29,8 @@ CELL_TOKENS = 1 << 19
 
 _ROUNDS = 8
 _SMALLEST_DOMAIN_BITS = 4
-_WORD = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 _CELL, _POOL, _REST, _PHASE = 1, 2, 3, 4
 """What a key is for; these numbers and those above are part of the order and never change."""
-
-
-def _mix(words: Words) -> Words:
-    """Finaliser of splitmix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
-
-
-def keys(*parts: int | Words) -> Words:
-    """64-bit hashes of integers, the only source of randomness here; arrays among `parts` give one hash per element."""
-    state = np.array([_GOLDEN], np.uint64)
-    for part in parts:
-        words = np.array([part & _WORD], np.uint64) if isinstance(part, int) else part
-        state = _mix(state ^ (words * np.uint64(_GOLDEN) + np.uint64(1)))
-    return state
 
 
 def permute(positions: Indices, size: int, secrets: Words) -> Indices:
@@ -61,14 +44,14 @@ def permute(positions: Indices, size: int, secrets: Words) -> Indices:
     masks = [np.uint64((1 << left_bits) - 1), np.uint64((1 << (bits - left_bits)) - 1)]
     shifts = [np.uint64(bits - left_bits), np.uint64(left_bits)]
     common = keys(secrets)  # of all rounds: keys(secrets, number) is one step further
-    rounds = [_mix(common ^ np.uint64((number * _GOLDEN + 1) & _WORD)) for number in range(_ROUNDS)]
+    rounds = [mix(common ^ np.uint64((number * GOLDEN + 1) & WORD)) for number in range(_ROUNDS)]
 
     def encrypt(words: Words, secrets_of_rounds: list[Words]) -> Words:
         for number, secret in enumerate(secrets_of_rounds):
             # The halves may differ by a bit; they change places every round, so the widths alternate.
             low = words & masks[1 - number % 2]
             high = words >> shifts[number % 2]
-            words = (low << shifts[1 - number % 2]) | (high ^ (_mix(low ^ secret) & masks[number % 2]))
+            words = (low << shifts[1 - number % 2]) | (high ^ (mix(low ^ secret) & masks[number % 2]))
         return words
 
     images = encrypt(positions.astype(np.uint64), rounds)

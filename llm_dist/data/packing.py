@@ -2,6 +2,7 @@
 
 concatenate  every sequence_tokens of the circular stream are a window; documents are cut where it ends
 best_fit     a window is a bin of whole documents, as full as they come, and padding; only longer documents are cut
+separate     a window is one document, and padding; a longer document has several windows
 
 Either way a row's borders come from the index, never from token ids. Knows no order and no torch.
 """
@@ -10,17 +11,17 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from llm_dist.data.bins import BINS_VERSION, BinPlan, plan_bins
+from llm_dist.data.bins import BINS_VERSION, BinPlan, plan_bins, separate_bins
 from llm_dist.data.index import ShardSet
 from llm_dist.data.order import CELL_TOKENS, Indices, phases
 from llm_dist.errors import UserError
-from llm_dist.rows import Rows
+from llm_dist.rows import NOT_LABELLED, Rows
 
 _PLANS_KEPT = 1024
 """Plans of chunks, some 15 kB each; lanes read from 256 cells at a time."""
@@ -60,6 +61,9 @@ class Packing(Protocol):
 
     def cell(self, epoch: int, cell: int) -> tuple[int, int]:
         """First token of a cell in the stream, and tokens."""
+
+    def documents(self, windows: Indices) -> Indices:
+        """Number in the stream of the document with which each of `windows` [n] begins; not where epochs differ."""
 
 
 def cell_windows(sequence_tokens: int) -> int:
@@ -108,6 +112,10 @@ class Concatenated:
         start = int(self.starts(np.array([epoch]), np.array([window]))[0])
         return [Span(0, start, self._sequence_tokens)]
 
+    def documents(self, windows: Indices) -> Indices:
+        """Each epoch cuts otherwise."""
+        raise NotImplementedError("windows cut from the stream belong to no document")
+
     def cell(self, epoch: int, cell: int) -> tuple[int, int]:
         """A run of windows, and the token behind it."""
         first = cell * self.cell_windows
@@ -116,10 +124,11 @@ class Concatenated:
         return start, num_windows * self._sequence_tokens + 1
 
 
-class BestFit:
+class Binned:
     """Windows are the bins of each chunk, in the order of chunks; the same in every epoch."""
 
     is_padded = True
+    _kind, _plan_bins = "", staticmethod(plan_bins)
 
     def __init__(self, shards: ShardSet, sequence_tokens: int, cache: Path) -> None:
         """Plan every chunk (2 ms for a million tokens), unless `cache` remembers how many bins each has."""
@@ -156,6 +165,24 @@ class BestFit:
             row_token += count
         return spans
 
+    def documents(self, windows: Indices) -> Indices:
+        """Number in the stream of the document with which each of `windows` [n] begins."""
+        chunks = self._ends.searchsorted(windows, side="right")
+        documents = np.empty(len(windows), np.int64)
+        for chunk in np.unique(chunks).tolist():
+            own = np.flatnonzero(chunks == chunk)
+            plan = self._plan(chunk)
+            bins = windows[own] - (int(self._ends[chunk - 1]) if chunk else 0)
+            first_pieces = np.concatenate([[0], plan.ends[:-1]])[bins]
+            ends = self._shards.document_ends(chunk)
+            within = ends.searchsorted(plan.firsts[first_pieces].astype(np.uint32), side="right")
+            documents[own] = self._first_documents[chunk] + within
+        return documents
+
+    @cached_property
+    def _first_documents(self) -> Indices:
+        return self._shards.first_documents()
+
     def cell(self, epoch: int, cell: int) -> tuple[int, int]:
         """The whole chunks in which a cell's bins lie."""
         first, last = cell * self.cell_windows, min((cell + 1) * self.cell_windows, self.num_windows) - 1
@@ -165,12 +192,12 @@ class BestFit:
         return start, int(first_token[chunks[1] + 1]) - start + 1
 
     def _make_plan(self, chunk: int) -> BinPlan:
-        return plan_bins(self._shards.document_ends(chunk), self._sequence_tokens)
+        return self._plan_bins(self._shards.document_ends(chunk), self._sequence_tokens)
 
     def _num_bins(self, cache: Path) -> Indices:
         """Bins of each chunk: [chunks]; counting them takes minutes for a trillion tokens, so large counts are kept."""
         num_chunks = len(self._shards.chunks)
-        path = cache / "bins" / f"{self._shards.fingerprint}-{self._sequence_tokens}-v{BINS_VERSION}.npy"
+        path = cache / "bins" / f"{self._shards.fingerprint}-{self._sequence_tokens}{self._kind}-v{BINS_VERSION}.npy"
         is_worth_keeping = num_chunks >= _CHUNKS_WORTH_KEEPING or self._shards.is_remote
         if is_worth_keeping and (known := _kept(path, num_chunks)) is not None:
             return known
@@ -178,10 +205,33 @@ class BestFit:
         with ThreadPoolExecutor(_READERS) as threads:
             blocks = (range(first, min(first + _BLOCK, num_chunks)) for first in range(0, num_chunks, _BLOCK))
             ends = (each for block in blocks for each in threads.map(self._shards.document_ends, block))
-            counted = np.array([len(plan_bins(each, self._sequence_tokens).ends) for each in ends], np.int64)
+            counted = np.array([len(self._plan_bins(each, self._sequence_tokens).ends) for each in ends], np.int64)
         if is_worth_keeping:
             _keep(path, counted)
         return counted
+
+
+class BestFit(Binned):
+    """Bins are as full as documents come."""
+
+
+class Separate(Binned):
+    """A bin holds one document, or a piece of one; its label, where documents have labels, comes with it."""
+
+    _kind, _plan_bins = "-separate", staticmethod(separate_bins)
+
+    def rows(self, epochs: Indices, windows: Indices, document_mask: bool) -> Rows:
+        """A document is a row, which no mask needs to divide."""
+        rows, labels = super().rows(epochs, windows, False), self._shards.labels
+        if labels is None:
+            return rows
+        if labels.per == "document":
+            return rows._replace(targets=labels.of_documents(self.documents(windows)))
+        targets = np.full(rows.inputs.shape, NOT_LABELLED, np.int64)
+        for row, (epoch, window) in enumerate(zip(epochs.tolist(), windows.tolist(), strict=True)):
+            for _, start, count in self.spans(epoch, window):
+                targets[row, :count] = labels.of_tokens(start, count)
+        return rows._replace(targets=targets)
 
 
 def _kept(path: Path, num_chunks: int) -> Indices | None:

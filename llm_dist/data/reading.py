@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from llm_dist.data import pairs
 from llm_dist.data.index import ShardSet
 from llm_dist.data.mixture import Mixture, Segment
 from llm_dist.data.order import LANES, Indices, Order, rank_rows
@@ -38,6 +39,10 @@ class Places(NamedTuple):
     epochs: Indices
     windows: Indices
 
+    def of(self, steps: slice) -> Places:
+        """Those of some of the steps, one after another: [n] each."""
+        return Places(self.sources[steps].ravel(), self.epochs[steps].ravel(), self.windows[steps].ravel())
+
 
 class Reading:
     """The data of a run: its sources, their mixture, and how many sequences make up a step."""
@@ -50,12 +55,15 @@ class Reading:
         sequence_tokens: int,
         *,
         document_mask: bool = False,
+        pair_seed: int | None = None,
     ) -> None:
+        """With a `pair_seed`, each row comes with text of another document."""
         self.sources = list(sources)
         self.mixture = Mixture([source.name for source in sources], segments, sequences_per_step)
         self.sequences_per_step = sequences_per_step
         self.sequence_tokens = sequence_tokens
         self.document_mask = document_mask
+        self.pair_seed = pair_seed
         self.is_padded = sources[0].packing.is_padded
         self.is_remote = any(source.shards.is_remote for source in sources)
 
@@ -73,6 +81,33 @@ class Reading:
             epochs[own] = source.order.epochs(ids[own])
             windows[own] = source.order.windows(ids[own])
         return Places(sources.reshape(shape), epochs.reshape(shape), windows.reshape(shape))
+
+    def partners(self, steps: range, rows: range) -> Places | None:
+        """Where the texts that `rows` of `steps` are paired with come from, a source below 0 meaning nowhere.
+
+        None where rows are not paired.
+        """
+        if self.pair_seed is None:
+            return None
+        every = self.places(steps, range(self.sequences_per_step))
+        documents = np.empty(every.windows.shape, np.int64)
+        for number, source in enumerate(self.sources):
+            own = every.sources == number
+            documents[own] = source.packing.documents(every.windows[own]) * len(self.sources) + number
+        chosen = pairs.partners(self.pair_seed, steps, rows, documents)
+        in_step = np.arange(len(steps))[:, None]
+        sources = np.where(chosen == pairs.NONE, np.int16(pairs.NONE), every.sources[in_step, chosen])
+        return Places(sources, every.epochs[in_step, chosen], every.windows[in_step, chosen])
+
+    def paired(self, rows: Rows, sources: npt.NDArray[np.int16], epochs: Indices, windows: Indices) -> Rows:
+        """`rows` [n] with the texts at the partners' places [n].
+
+        Raises:
+            UserError: what they read is damaged.
+        """
+        has_partner = sources != pairs.NONE
+        text = self.read(np.where(has_partner, sources, 0).astype(np.int16), epochs, windows)
+        return rows._replace(partners=text.inputs, num_partner_tokens=np.where(has_partner, text.scored_tokens(), 0))
 
     def _sequences(self, steps: range) -> tuple[npt.NDArray[np.int16], Indices]:
         """Source and sequence id of every row of `steps`: [steps, S] each, sorted by lane, then source, then id."""

@@ -95,13 +95,15 @@ class ClassHead(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor, weights: Tensor | None = None) -> LossSum:
         """Cross-entropy of `labels` int64 [...] given `hidden` [..., D], summed over what is scored.
 
-        `weights` fp32 [classes] multiply the loss of each class.
+        `weights` fp32 [classes] multiply the loss of each class, for the gradient only.
         """
-        logits = self.logits(hidden)
-        nats = F.cross_entropy(
-            logits.flatten(0, -2), labels.flatten(), weights, ignore_index=NOT_SCORED, reduction="sum"
-        )
-        return LossSum(nats, (labels != NOT_SCORED).sum(), torch.zeros_like(nats), logits.detach().argmax(-1))
+        logits, flat = self.logits(hidden), labels.flatten()
+        rows = logits.flatten(0, -2)
+        nats = F.cross_entropy(rows, flat, ignore_index=NOT_SCORED, reduction="sum")
+        penalty = torch.zeros_like(nats)
+        if weights is not None:
+            penalty = F.cross_entropy(rows, flat, weights, ignore_index=NOT_SCORED, reduction="sum") - nats
+        return LossSum(nats, (flat != NOT_SCORED).sum(), penalty, logits.detach().argmax(-1))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> fp32 [..., classes]."""

@@ -17,7 +17,7 @@ class Account:
     step: int = 0
     """Optimizer steps finished."""
     tokens: int = 0
-    """Scored training tokens so far."""
+    """Tokens of text read so far."""
     source_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens of text read so far, by source."""
     losses: list[float] = field(default_factory=list)

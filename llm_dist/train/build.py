@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm_dist import config, objectives
+from llm_dist import config
 from llm_dist.checkpoint import layout
 from llm_dist.checkpoint.store import read_parameters
 from llm_dist.data import opening
@@ -21,7 +21,8 @@ from llm_dist.engine.engine import Engine, FillParameter
 from llm_dist.errors import UserError
 from llm_dist.model.init import initial_value
 from llm_dist.model.transformer import Transformer
-from llm_dist.objectives import Objective, Trainee
+from llm_dist.objectives import select as objectives
+from llm_dist.objectives.objective import Objective, Trainee
 from llm_dist.runtime import Runtime
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,7 +78,7 @@ def open_data(run: config.Config) -> DataFolders:
 
 def build(run: config.Config, runtime: Runtime, data: DataFolders, report: Callable[[str], None]) -> Parts:
     """Build the model and hand it to its engine; collective: all ranks call this."""
-    objective = objectives.build(run.objective)
+    objective = objectives.build(run, data.any_shards.tokenizer_folder)
     with torch.device(select.CONSTRUCTION_DEVICE[run.engine.name]):
         model = build_model(run, data.any_shards.vocabulary_tokens)
     engine = select.build(Trainee(model, objective), _fill(run), run, runtime, report)
@@ -86,7 +87,7 @@ def build(run: config.Config, runtime: Runtime, data: DataFolders, report: Calla
 
 def build_model(run: config.Config, vocabulary_tokens: int) -> Transformer:
     """The model of a run file, its parameters not yet initialised."""
-    return Transformer(run.model, vocabulary_tokens, COMPUTE_DTYPE[run.engine.precision])
+    return Transformer(run.model, vocabulary_tokens, COMPUTE_DTYPE[run.engine.precision], run.heads)
 
 
 def _fill(run: config.Config) -> FillParameter:

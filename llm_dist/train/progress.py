@@ -20,17 +20,19 @@ class Progress:
         self._flops_per_token = flops_per_token
         self._matmul_flops = matmul_flops
         self._speaks = speaks
-        self._tokens = 0
-        self._tokens_per_second = 0.0
+        self._tokens = self._steps = 0
+        self._tokens_per_second = self._steps_per_second = 0.0
 
     def count(self, tokens: int) -> None:
         """Tokens of one more step."""
         self._tokens += tokens
+        self._steps += 1
 
     def numbers(self, seconds: dict[str, float]) -> dict[str, Any]:
         """Speed since the last call, given where the seconds went."""
         self._tokens_per_second = self._tokens / max(1e-9, seconds["all"])
-        self._tokens = 0
+        self._steps_per_second = self._steps / max(1e-9, seconds["all"])
+        self._tokens = self._steps = 0
         return {
             "tokens_per_second": round(self._tokens_per_second, 1),
             "mfu": round(self._flops_per_token * self._tokens_per_second / self._matmul_flops, 4),
@@ -41,8 +43,7 @@ class Progress:
     def show(self, step: int, loss_nats: float | None) -> None:
         """One line: where the run is, how fast, how long still."""
         steps = self._run.run.steps
-        tokens_left = (steps - step) * self._run.batch.tokens_per_step
-        left = duration(tokens_left / max(1e-9, self._tokens_per_second))
+        left = duration((steps - step) / max(1e-9, self._steps_per_second))
         loss = "left out" if loss_nats is None else f"loss {loss_nats:.4f}"
         self.say(
             f"step {step:>{len(str(steps))}}/{steps}  {loss}  {self._tokens_per_second:,.0f} tokens/s  {left} left"

@@ -13,6 +13,7 @@ from torch import Tensor
 from llm_dist import config
 from llm_dist.checkpoint.layout import Facts
 from llm_dist.checkpoint.store import Store
+from llm_dist.data.opening import held_out
 from llm_dist.data.trace import trace
 from llm_dist.errors import Exit, UserError
 from llm_dist.evaluate import Evaluation, EvaluationStopped, evaluate
@@ -156,12 +157,12 @@ class Session:
         if is_left_out:
             self.numbers = None
         self.account.step += 1
-        self.account.tokens += self.valid_tokens
+        self.account.tokens += sum(self.source_tokens)
         for source, tokens in zip(self.parts.data.reading.sources, self.source_tokens, strict=True):
             read = self.account.source_tokens
             read[source.name] = read.get(source.name, 0) + tokens
         self.watch.step = self.account.step
-        self.progress.count(self.valid_tokens)
+        self.progress.count(sum(self.source_tokens))
         self.acknowledge()
 
     def report(self, lr: float) -> None:
@@ -218,11 +219,8 @@ class Session:
         if self.metrics is not None:
             self.metrics.write(self.account.step, {"eval": {name: asdict(result) for name, result in results.items()}})
         for name, result in results.items():
-            self.progress.say(
-                f"step {self.account.step}: {name} loss {result.loss_nats:.4f} nats, perplexity "
-                f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte"
-            )
-        is_best = self.account.saw_evaluation(next(iter(results.values())).loss_nats)
+            self.progress.say(f"step {self.account.step}: {name} {result.words()}")
+        is_best = self.account.saw_evaluation(next(iter(results.values())).by(self.run.eval.best))
         if self.saved_step == self.account.step and self.parts.runtime.is_first:  # saved when a stop had cut this short
             self.store.amend(self.account.step, self.account.to_dict())
             self._retain()
@@ -233,12 +231,9 @@ class Session:
         return evaluate(
             self.watch.marked(parts.engine.eval_step),
             parts.objective,
-            parts.data.holdouts[name],
+            held_out(run, parts.data.holdouts[name], run.eval.max_sequences),
             parts.runtime,
-            sequence_tokens=run.data.sequence_tokens,
-            document_mask=run.data.document_mask,
             sequences_per_batch=run.batch.sequences_per_micro_batch,
-            max_sequences=run.eval.max_sequences,
             must_stop=lambda: parts.runtime.any(self.stop.is_raised),
         )
 

@@ -215,7 +215,10 @@ def _progress(parts: Parts, here: Runtime) -> Progress:
     rows = run.batch.sequences_per_micro_batch * run.data.sequence_tokens
     own = matmul_flops_per_second(here.device, build.COMPUTE_DTYPE[run.engine.precision], rows, run.model.d_model)
     of_all_ranks = float(here.sum(torch.tensor(own, dtype=torch.float64)))
-    flops = size.flops_per_token(run.model, vocabulary, run.data.sequence_tokens)
+    sequence_tokens = run.data.sequence_tokens
+    flops = size.flops_per_token(
+        run.model, vocabulary, sequence_tokens, run.heads, scored_share=run.scored_tokens / sequence_tokens
+    )
     return Progress(run, flops.full, of_all_ranks, here.is_first)
 
 

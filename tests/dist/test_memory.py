@@ -16,7 +16,7 @@ from llm_dist import config, plan
 from llm_dist.checkpoint.layout import Facts
 from llm_dist.checkpoint.store import Store
 from llm_dist.engine.engine import Engine
-from llm_dist.objectives import build
+from llm_dist.objectives.causal import Causal
 from llm_dist.rows import Rows
 from llm_dist.runtime import Runtime
 from tests.dist import training
@@ -54,7 +54,7 @@ def planned(run: config.Config, here: Runtime) -> plan.Memory:
 def batches(run: config.Config, here: Runtime) -> tuple[list[training.Batch], int]:
     """Micro-batches of this rank, and the scored positions of all ranks."""
     rows, tokens = plan.make_rows(run, here.ranks), run.data.sequence_tokens
-    random, objective = np.random.default_rng(here.rank), build(run.objective)
+    random, objective = np.random.default_rng(here.rank), Causal(run.objective.z_loss)
     shape = rows.rows_per_micro_batch, tokens
     made = [
         objective.make_batch(Rows(*(random.integers(0, VOCABULARY, shape) for _ in range(2))), shape[0])

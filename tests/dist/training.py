@@ -16,7 +16,8 @@ from llm_dist.engine import select
 from llm_dist.engine.engine import Engine
 from llm_dist.model.init import initial_value
 from llm_dist.model.transformer import Transformer
-from llm_dist.objectives import Trainee, build
+from llm_dist.objectives.causal import Causal
+from llm_dist.objectives.objective import Trainee
 from llm_dist.plan import num_micro_batches, rows_per_micro_batch
 from llm_dist.rows import Rows
 from llm_dist.runtime import Runtime
@@ -66,7 +67,7 @@ def micro_batch(rows: int) -> str:
 def engine_of(run: config.Config, here: Runtime, remarks: list[str] | None = None) -> Engine:
     with torch.device(select.CONSTRUCTION_DEVICE[run.engine.name]):
         model = Transformer(run.model, VOCABULARY, torch.float32 if run.engine.precision == "fp32" else torch.bfloat16)
-    trainee = Trainee(model, build(run.objective))
+    trainee = Trainee(model, Causal(run.objective.z_loss))
     return select.build(
         trainee,
         lambda name, shape: first_value(run, name, shape),
@@ -92,7 +93,7 @@ def micro_batches(run: config.Config, here: Runtime, step: int) -> tuple[list[Ba
     scored = random.integers(1, SEQUENCE + 1, rows)
     ids = documents[:, :-1] if run.data.document_mask else None
     whole = Rows(tokens[:, :-1], tokens[:, 1:], scored, ids)
-    objective, own = build(run.objective), rank_rows(rows, here.ranks, here.rank)
+    objective, own = Causal(run.objective.z_loss), rank_rows(rows, here.ranks, here.rank)
     own_rows = whole.part(own.start, len(own), own.start)
     batches = [
         objective.make_batch(own_rows.part(first, size, own.start + first), size).to(here.device)

@@ -15,7 +15,7 @@ import torch
 
 from llm_dist.cli import main
 from llm_dist.engine.engine import Engine
-from llm_dist.objectives import Causal
+from llm_dist.objectives.causal import Causal
 
 FACTOR = {"nan": float("nan"), "spike": 3.0}
 

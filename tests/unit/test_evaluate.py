@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from llm_dist.batch import NOT_SCORED, LossSum
+from llm_dist.data.holdout import HoldoutWindows
 from llm_dist.data.index import open_shards
 from llm_dist.evaluate import evaluate
-from llm_dist.objectives import Causal
+from llm_dist.objectives.causal import Causal
 from llm_dist.tokenizer_training import train
 from tests.unit.data.tiny_shards import write_shards
 
@@ -60,10 +61,8 @@ def test_every_token_is_scored_once_and_every_rank_calls_equally_often(shards, r
         evaluate(
             lambda batch, batches=batches: (batches.append(batch), nats_by_label(batch))[1],
             Causal(),
-            opened,
+            HoldoutWindows(opened, sequence_tokens, document_mask),
             runtime,
-            sequence_tokens=sequence_tokens,
-            document_mask=document_mask,
             sequences_per_batch=4,
         )
         assert all(batch.input_ids.shape == (4, sequence_tokens) for batch in batches)
@@ -77,7 +76,7 @@ def test_every_token_is_scored_once_and_every_rank_calls_equally_often(shards, r
 
 def test_the_numbers_follow_from_the_sums(shards):
     opened, stream = shards
-    result = evaluate(nats_by_label, Causal(), opened, OneOf(0, 1), sequence_tokens=16)
+    result = evaluate(nats_by_label, Causal(), HoldoutWindows(opened, 16), OneOf(0, 1))
     nats = float(np.sum(stream.astype(np.int64) + 1))
     assert result.tokens == NUM_TOKENS
     assert result.bytes == opened.num_bytes
@@ -92,10 +91,8 @@ def test_a_part_of_the_windows_is_spread_over_the_text(shards):
     result = evaluate(
         lambda batch: (seen.append(batch), nats_by_label(batch))[1],
         Causal(),
-        opened,
+        HoldoutWindows(opened, 16, max_sequences=3),
         OneOf(0, 1),
-        sequence_tokens=16,
-        max_sequences=3,
     )
     assert result.tokens == 3 * 16
     assert result.bytes == round(opened.num_bytes * 48 / NUM_TOKENS)
@@ -107,4 +104,4 @@ def test_a_perplexity_beyond_numbers_is_infinite(shards):
     def hopeless(batch):
         return LossSum(torch.tensor(1e9), torch.tensor(1), torch.zeros(()))
 
-    assert evaluate(hopeless, Causal(), opened, OneOf(0, 1), sequence_tokens=16).perplexity == math.inf
+    assert evaluate(hopeless, Causal(), HoldoutWindows(opened, 16), OneOf(0, 1)).perplexity == math.inf

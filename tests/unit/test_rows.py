@@ -18,17 +18,19 @@ def rows_of(count: int, seed: int = 0, *, is_padded: bool = True, is_masked: boo
 
 
 def test_a_part_is_a_view_that_says_where_it_stands() -> None:
-    rows = rows_of(7)._replace(first_row=20, sources=np.arange(7))
+    rows = rows_of(7)._replace(first_row=20, sources=np.arange(7), step=3, targets=np.arange(7) + 10)
     part = rows.part(2, 3, 22)
     assert (part.num_rows, part.first_row) == (3, 22)
     for ours, whole in zip(part[:4], rows[:4], strict=True):
         np.testing.assert_array_equal(ours, whole[2:5])
         assert np.shares_memory(ours, whole)
-    assert part.sources.tolist() == [2, 3, 4]
+    assert part.sources.tolist() == [2, 3, 4] and part.targets.tolist() == [12, 13, 14]
+    assert part.step == 3 and part.numbers.tolist() == [22, 23, 24]
+    assert rows._replace(row_stride=4).numbers.tolist() == list(range(20, 48, 4))
     assert rows.part(6, 3, 26).num_rows == 1
     assert rows.part(7, 3, 27).num_rows == 0
     bare = rows_of(7, is_padded=False, is_masked=False).part(0, 2, 0)
-    assert bare[2:] == (None, None, 0, None)
+    assert bare[2:6] == (None, None, 0, None) and bare.targets is None and bare.partners is None
 
 
 def test_without_padding_every_position_is_scored() -> None:

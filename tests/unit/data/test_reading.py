@@ -37,7 +37,7 @@ def sources(streams: tuple[Path, dict[str, Stream]]):
 def rows_of(reading: Reading, step: int, own: range | None = None) -> Rows:
     own = own or range(reading.sequences_per_step)
     places = reading.places(range(step, step + 1), own)
-    return reading.read(*(each[0] for each in places))._replace(first_row=own.start)
+    return reading.read(*(each[0] for each in places))._replace(first_row=own.start, step=step)
 
 
 READINGS = {

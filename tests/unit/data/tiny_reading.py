@@ -96,11 +96,8 @@ def laid_together(parts: Sequence[Rows]) -> Rows:
     counts = [part.num_rows for part in parts]
     assert [part.first_row - first_row for part in parts] == np.cumsum([0, *counts[:-1]]).tolist()
 
-    def together(field: str) -> np.ndarray | None:
-        arrays = [getattr(part, field) for part in parts]
-        return None if arrays[0] is None else np.concatenate(arrays)
+    def together(field: str) -> np.ndarray:
+        return np.concatenate([getattr(part, field) for part in parts])
 
-    fields = (together(field) for field in Rows._fields if field != "first_row")
-    inputs, following, num_scored, document_ids, sources = fields
-    assert inputs is not None and following is not None
-    return Rows(inputs, following, num_scored, document_ids, first_row, sources)
+    arrays = [name for name, value in zip(Rows._fields, parts[0], strict=True) if isinstance(value, np.ndarray)]
+    return parts[0]._replace(**{name: together(name) for name in arrays})

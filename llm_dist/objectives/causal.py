@@ -1,35 +1,20 @@
-"""What is learnt: an objective turns rows of tokens into a batch and a batch into a loss.
-
-It owns both ends, what is hidden and what is scored, so a new objective is one class with these two methods.
-Model and objective meet in `Trainee.forward`, so that an engine which shards parameters gathers them where the
-loss is computed.
-"""
+"""Causal language modelling: predict each token from those before it."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llm_dist import config
 from llm_dist.batch import NOT_SCORED, Batch, LossSum
 from llm_dist.model.transformer import Transformer
+from llm_dist.objectives.objective import Unscored
 from llm_dist.rows import Rows
 
 
-class Objective(Protocol):
-    """The two ends of learning."""
+class Causal(Unscored):
+    """Predict each token from those before it; where inputs are labelled, only those that a label marks."""
 
-    def make_batch(self, rows: Rows, num_rows: int) -> Batch:
-        """Batch of exactly `num_rows` rows; those beyond `rows` are absent and weigh nothing."""
-
-    def loss(self, model: Transformer, batch: Batch) -> LossSum:
-        """Loss of the batch, summed over its scored positions."""
-
-
-class Causal:
-    """Predict each token from those before it."""
+    scores_text = True
 
     def __init__(self, z_loss: float = 0.0) -> None:
         self.z_loss = z_loss
@@ -55,29 +40,6 @@ class Causal:
         hidden = model(batch.input_ids, batch.positions, batch.document_ids)
         result: LossSum = model.language(hidden, batch.labels, self.z_loss)
         return result
-
-
-class Trainee(nn.Module):
-    """Model and objective as one module: what an engine trains."""
-
-    def __init__(self, model: Transformer, objective: Objective) -> None:
-        super().__init__()
-        self.model = model
-        self.objective = objective
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The repeated layers, which an engine may shard, compile or recompute one by one."""
-        return self.model.blocks
-
-    def forward(self, batch: Batch) -> LossSum:
-        """Loss of one micro-batch."""
-        return self.objective.loss(self.model, batch)
-
-
-def build(objective: config.Objective) -> Objective:
-    """The objective a run file names."""
-    return Causal(objective.z_loss)
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:

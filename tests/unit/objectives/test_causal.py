@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_dist import config, objectives
+from llm_dist import config
 from llm_dist.batch import NOT_SCORED
 from llm_dist.model.init import initialize
 from llm_dist.model.transformer import Transformer
-from llm_dist.objectives import Causal, Trainee, positions_in_documents
+from llm_dist.objectives.causal import Causal, positions_in_documents
+from llm_dist.objectives.objective import Trainee
 from llm_dist.rows import Rows
 
 MODEL = config.Model(layers=1, d_model=8, heads=2, d_ff=16, max_sequence_tokens=16, vocabulary_multiple=1)
@@ -125,10 +126,3 @@ def test_positions_count_from_each_documents_start(lengths: list[int]) -> None:
     expected = [position for length in lengths for position in range(length)]
 
     assert positions_in_documents(ids).tolist() == [expected]
-
-
-def test_build_passes_the_z_loss_on() -> None:
-    built = objectives.build(config.Objective(z_loss=0.25))
-
-    assert isinstance(built, Causal)
-    assert built.z_loss == 0.25
