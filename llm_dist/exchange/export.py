@@ -121,7 +121,13 @@ def _write_weights(
     place: dict[str, str] = {}
     for index, some_rows in enumerate(files, 1):
         name = "model.safetensors" if len(files) == 1 else f"model-{index:05}-of-{len(files):05}.safetensors"
-        tensors = {row.name: row.value(weights, *made_for).to(dtype).contiguous() for row in some_rows}
+        tensors: dict[str, Tensor] = {}
+        written: set[tuple[str, ...]] = set()
+        for row in some_rows:
+            tensor = row.value(weights, *made_for).to(dtype).contiguous()
+            # Two of theirs that are one of ours may not share its memory.
+            tensors[row.name] = tensor.clone() if row.sources in written else tensor
+            written.add(row.sources)
         save_file(tensors, folder / name, metadata={"format": "pt"})
         place |= dict.fromkeys(tensors, name)
     if len(files) > 1:

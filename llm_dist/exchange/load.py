@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +56,12 @@ class HuggingFaceModel:
         if name not in self.rows:
             raise UserError(f"{self.folder} has no {name}")
         row = self.rows[name]
-        shapes = parameter_shapes(self.model, self.vocabulary_tokens, _every_head(self.heads))
-        return row.part(self.files.read(self.names[row.name]), name, shapes)
+        return row.part(self.files.read(self.names[row.name]), name, self.shapes)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every parameter of ours that the folder may hold."""
+        return parameter_shapes(self.model, self.vocabulary_tokens, _every_head(self.heads))
 
     def padded_to(self, vocabulary_multiple: int) -> HuggingFaceModel:
         """The same, its vocabulary padded up to a multiple of so many rows."""
@@ -65,9 +70,10 @@ class HuggingFaceModel:
 
 def is_hugging_face(folder: Path) -> bool:
     """Whether a folder is one of theirs rather than a run of ours."""
-    if not (folder / "config.json").is_file():
+    try:
+        keys = read_config(folder).table
+    except UserError:
         return False
-    keys = read_config(folder).table
     return "model_type" in keys or "architectures" in keys
 
 
@@ -85,7 +91,7 @@ def open_folder(folder: Path) -> HuggingFaceModel:
     architecture = str((config.table.get("architectures") or [""])[0])
     tables = _Tables(model, kind, pad_id_of(config), architecture.endswith("TokenClassification"))
     heads = _heads(tables, architecture, files, names)
-    _require_all(folder, [*tables.rows(_NO_HEADS), *tables.rows(_promised(architecture))], names)
+    _require_all(folder, tables.rows(_promised(architecture)), names)
     there = [row for row in tables.rows(_EVERY) if row.name in names]
     _require_no_more(folder, kind, names, {row.name for row in tables.rows(_EVERY)})
     shapes = parameter_shapes(model, vocabulary_tokens, _every_head(heads))
