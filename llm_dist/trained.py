@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Literal
 
 import torch
@@ -43,8 +45,6 @@ class Trained:
     tokenizer: Tokenizer
     hugging_face: HuggingFaceModel | None = None
     """The folder of theirs that stands for a checkpoint."""
-    scratch: TemporaryDirectory[str] | None = None
-    """Holds the tokenizer of such a folder as long as this lives."""
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter by name, full, fp32, verified."""
@@ -90,15 +90,16 @@ def find(path: Path, step: int | None = None, best: bool = False) -> Trained:
 
 def _find_hugging_face(path: Path) -> Trained:
     source = open_folder(path)
-    scratch = TemporaryDirectory(prefix="llm_dist-tokenizer-")
-    import_tokenizer(path, Path(scratch.name) / "tokenizer")
-    tokenizer = tokenizers.load(Path(scratch.name) / "tokenizer")
+    scratch = Path(mkdtemp(prefix="llm_dist-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    import_tokenizer(path, scratch / "tokenizer")
+    tokenizer = tokenizers.load(scratch / "tokenizer")
     if tokenizer.vocabulary_tokens != source.vocabulary_tokens:
         raise UserError(
             f"{path}: the tokenizer does not fit the checkpoint: it has {tokenizer.vocabulary_tokens} tokens, the "
             f"checkpoint {source.vocabulary_tokens}"
         )
-    return Trained(run_of(source), 0, path, tokenizer, source, scratch)
+    return Trained(run_of(source), 0, path, tokenizer, source)
 
 
 def score(trained: Trained, shards: ShardSet, precision: Precision | None = None) -> Evaluation:

@@ -106,5 +106,5 @@ def _resolved(model: Model, key: str) -> Any:
         case "d_ff":
             return model.width_ff
         case "window_rope_theta":
-            return model.window_rope_theta or model.rope_theta
+            return None if model.window_tokens is None else model.window_rope_theta or model.rope_theta
     return getattr(model, key)
