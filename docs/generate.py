@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from llm_dist.config import Config, Section, Segment
+from llm_dist.config import Config, Section
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -47,8 +47,10 @@ mathematics is the same; a run continues bit for bit only where they stay the sa
 
 Beyond the bounds of single keys, three rules: `batch.tokens_per_step` is a multiple of `data.sequence_tokens`;
 `data.sequence_tokens` is at most `model.max_sequence_tokens`; `optim.warmup_steps` is at most the length of the
-schedule (`optim.total_steps`, else `run.steps`). In `[model]`, `heads` divides `d_model`, `kv_heads` divides `heads`,
-and rotary positions need an even head width.
+schedule (`optim.total_steps`, else `run.steps`). In `[model]`, `heads` divides `d_model` unless `d_head` is given,
+`kv_heads` divides `heads`, rotary positions need an even head width, and a bidirectional window is even. An objective
+that hides tokens needs bidirectional attention, `causal` and `instruct` need causal attention, and pairs of texts need
+`data.packing = "separate"`.
 """
 
 
@@ -86,8 +88,8 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(arguments[0])}"
     if origin is dict:
         return f"table of {_type(arguments[1])} by name"
-    if annotation is Segment:
-        return f"`{{{', '.join(Segment.model_fields)}}}`"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"`{{{', '.join(annotation.model_fields)}}}`"
     return {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
 
 

@@ -125,6 +125,10 @@ class Config(Section):
             raise ValueError(f'{named} needs data.packing="separate": a row holds two texts, not parts of many')
         if objective.name == "masked_nsp" and self.sequences_per_step < 2:
             raise ValueError(f"{named} needs at least 2 sequences per step; raise batch.tokens_per_step")
+        if self.eval.best not in objective.scores:
+            raise ValueError(
+                f'eval.best="{self.eval.best}" is no score of {named}; choose one of {", ".join(objective.scores)}'
+            )
         if objective.num_frame_tokens and self.text_tokens < 2:
             raise ValueError(f"data.sequence_tokens={self.data.sequence_tokens} leaves no room for text; raise it")
         return self

@@ -282,6 +282,21 @@ class Objective(Section):
         return self
 
     @property
+    def scores(self) -> tuple[str, ...]:
+        """What an evaluation may be judged by."""
+        match self.name:
+            case "masked":
+                return "loss", "accuracy"
+            case "masked_nsp" | "masked_sop":
+                return "loss", "accuracy", "pair_accuracy"
+            case "classify":
+                return "loss", "accuracy", "macro_f1"
+            case "tag":
+                return "loss", "accuracy", "macro_f1", "f1"
+            case _:
+                return ("loss",)
+
+    @property
     def is_masked(self) -> bool:
         """Whether hidden tokens are predicted."""
         return self.name.startswith("masked")

@@ -40,6 +40,7 @@ SHARD_BYTES = 256 << 20
 
 Ids = npt.NDArray[np.integer[Any]]
 Numbers = npt.NDArray[np.int64]
+Table = Mapping[str, Any]
 
 _BLOCK_BYTES = 512
 
@@ -49,9 +50,10 @@ def dtype_name(vocabulary_tokens: int) -> str:
     return "uint16" if vocabulary_tokens <= 1 << 16 else "uint32"
 
 
-def dataset_fingerprint(dtype: str, tokenizer: str, shard_sha256s: Iterable[str]) -> str:
-    """Sha256 that names the token stream: which tokens, in which order, and what they mean."""
-    return hashlib.sha256("\n".join([dtype, tokenizer, *shard_sha256s]).encode()).hexdigest()
+def dataset_fingerprint(dtype: str, tokenizer: str, shard_sha256s: Iterable[str], labels: Table | None = None) -> str:
+    """Sha256 that names the token stream: which tokens, in which order, what they mean and how they are labelled."""
+    parts = [dtype, tokenizer, *shard_sha256s] + ([json.dumps(labels, sort_keys=True)] if labels else [])
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 class ShardWriter:
@@ -106,8 +108,8 @@ class ShardWriter:
                 self._chunk.add(ids[begin:end], ends[first:last] - begin, bytes_end - bytes_begin)
             first, begin, bytes_begin = last, end, bytes_end
 
-    def close(self, tokenizer_files: Iterable[Path], made_from: Mapping[str, Any]) -> dict[str, Any]:
-        """Finish the last shard, copy the tokenizer's files, write dataset.json; return its content."""
+    def close(self, tokenizer_files: Iterable[Path], made_from: Table, labels: Table | None = None) -> dict[str, Any]:
+        """Finish the last shard, copy the tokenizer's files, write dataset.json, `labels` too; return its content."""
         self._flush()
         self._wait()
         self._close_shard()
@@ -120,19 +122,19 @@ class ShardWriter:
         index, checksums = (_npy_header(table) + table.tobytes() for table in tables)
         publish(self._folder / INDEX, index)
         publish(self._folder / CHECKSUMS, checksums)
+        sha256s = [shard["sha256"] for shard in self._shards]
         dataset = {
             "format": FORMAT,
             "dtype": self._dtype.name,
             "tokenizer": self._tokenizer,
             "vocabulary_tokens": self._vocabulary_tokens,
             **{key: sum(shard[key] for shard in self._shards) for key in ("num_tokens", "num_documents", "num_bytes")},
-            "fingerprint": dataset_fingerprint(
-                self._dtype.name, self._tokenizer, (shard["sha256"] for shard in self._shards)
-            ),
+            "fingerprint": dataset_fingerprint(self._dtype.name, self._tokenizer, sha256s, labels),
             "index_sha256": hashlib.sha256(index).hexdigest(),
             "checksums_sha256": hashlib.sha256(checksums).hexdigest(),
             "made_from": dict(made_from),
             "shards": self._shards,
+            **({"labels": dict(labels)} if labels else {}),
         }
         publish(self._folder / DATASET, (json.dumps(dataset, indent=1, sort_keys=True) + "\n").encode())
         return dataset

@@ -44,7 +44,7 @@ class Paired(Masked):
 
     def __init__(self, run: config.Config, tokenizer: Tokenizer) -> None:
         super().__init__(run, tokenizer)
-        self._seed, self._text_tokens = run.run.seed, run.text_tokens
+        self._seed = run.run.seed
         self._is_order = run.objective.name == "masked_sop"
         self._separator_id = tokenizer.separator_id
         self._weight = run.objective.pair_weight * most_hidden(run.objective, run.text_tokens)
@@ -97,9 +97,10 @@ class Paired(Masked):
         other = self._text(rows.partners[row, : rows.num_partner_tokens[row]])
         if len(other) < 2:
             return _Pair(first, second, TOGETHER)
-        # What follows a cut, too: a second text begins alike whether it belongs to the first or not.
-        other = other[self._cut(_PARTNER_CUT, rows.step, number, len(other)) :]
-        return _Pair(first, other[: self._text_tokens - cut], APART)
+        # Cut inside, too, and as long as the true one where it can be: neither beginning nor length tells them apart.
+        room = len(other) - len(second) if len(other) > len(second) else len(other) - 1
+        start = self._cut(_PARTNER_CUT, rows.step, number, room + 1)
+        return _Pair(first, other[start : start + len(second)], APART)
 
     def _text(self, tokens: TokenArray) -> Ids:
         """Without the separator that begins a document."""

@@ -47,6 +47,30 @@ def loader_of(reading: Reading, *, ranks: int = 1, rank: int = 0, workers: int =
     return Loader(reading, ranks, rank, workers=workers, first_step=first_step)
 
 
+@settings(max_examples=10, deadline=None)
+@given(ranks=st.integers(1, 9), workers=st.integers(0, 2), step=st.integers(0, 60))
+def test_any_ranks_pair_a_step_s_rows_alike(sources: Sources, ranks: int, workers: int, step: int) -> None:
+    reading = sources.reading("separate", MIXED, pair_seed=3, document_mask=False)
+    with loader_of(reading) as loader:
+        whole = loader.rows(step)
+    parts = []
+    for rank in range(ranks):
+        with loader_of(reading, ranks=ranks, rank=rank, workers=workers, first_step=step) as loader:
+            parts.append(loader.rows(step))
+    assert_same(laid_together([part for part in parts if part.num_rows]), whole)
+
+
+def test_partners_hold_text_of_other_documents(sources: Sources) -> None:
+    reading = sources.reading("separate", [(0, {"a": 1})], names="a", pair_seed=3, document_mask=False)
+    with loader_of(reading) as loader:
+        for step in range(50):
+            rows = loader.rows(step)
+            for row in range(rows.num_rows):
+                count, own = int(rows.num_partner_tokens[row]), set(rows.inputs[row, : rows.num_scored[row]].tolist())
+                partner = set(rows.partners[row, :count].tolist())
+                assert count and not own & partner - {0}, "every token but the separator says where it stands"
+
+
 def test_rows_are_the_steps_windows(sources: Sources, streams: dict[str, tuple[Path, Stream]]) -> None:
     """Cut from the stream by hand."""
     reading = sources.reading("concatenate", [(0, {"a": 1})], names="a")

@@ -18,7 +18,7 @@ from tests.unit.data.tiny_reading import Stream, packed, write_source
 
 LENGTHS = [30, 3, 200, 0, 17, 63, 64, 9, 0, 0, 19, 20, 39, 1, 150, 41, 7, 12]
 """Of documents without their separators: over many chunks, of exactly one, of exactly a sequence of 20, empty."""
-PACKINGS = ("concatenate", "best_fit")
+PACKINGS = ("concatenate", "best_fit", "separate")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,26 @@ def test_document_ids_of_the_stream_count_the_documents_begun(shards, stream, se
     for window in range(packing.num_windows):
         begun = np.cumsum(stream.is_start[positions(packing, epoch, window, shards.num_tokens)])
         np.testing.assert_array_equal(ids[window], begun)
+
+
+@settings(max_examples=40)
+@given(sequence_tokens=st.integers(1, 120))
+def test_a_separate_window_is_of_one_document_and_says_which(shards, stream, folder, sequence_tokens) -> None:
+    packing = packed(shards, "separate", sequence_tokens, 0, folder)
+    document_of = np.cumsum(stream.is_start) - 1
+    windows = np.arange(packing.num_windows)
+    named = packing.documents(windows)
+    for window in windows.tolist():
+        places = positions(packing, 0, window, shards.num_tokens)
+        assert set(document_of[places].tolist()) == {named[window]}
+    assert len(windows) == sum(-(-(length + 1) // sequence_tokens) for length in LENGTHS) or stream_is_cut(shards)
+    np.testing.assert_array_equal(packing.documents(windows[::-2]), named[::-2])
+    assert everything(packing, 0).document_ids is None
+
+
+def stream_is_cut(shards) -> bool:
+    """Whether a document goes on over chunks: each of its parts has windows of its own."""
+    return any(shards.chunks.continues(chunk) for chunk in range(len(shards.chunks)))
 
 
 @settings(max_examples=40)

@@ -12,7 +12,7 @@ import numpy as np
 from llm_dist.data.index import ShardSet, open_shards
 from llm_dist.data.mixture import Segment
 from llm_dist.data.order import Order
-from llm_dist.data.packing import BestFit, Concatenated, Packing
+from llm_dist.data.packing import BestFit, Concatenated, Packing, Separate
 from llm_dist.data.reading import Reading, Source
 from llm_dist.rows import Rows
 from tests.unit.data.tiny_shards import write_shards
@@ -41,6 +41,8 @@ def write_source(folder: Path, tokenizer: Path, lengths: Sequence[int], chunk_to
 
 def packed(shards: ShardSet, packing: str, sequence_tokens: int, seed: int, cache: Path) -> Packing:
     """As `data.packing` names it."""
+    if packing == "separate":
+        return Separate(shards, sequence_tokens, cache)
     if packing == "best_fit":
         return BestFit(shards, sequence_tokens, cache)
     return Concatenated(shards, sequence_tokens, seed)
@@ -64,6 +66,7 @@ class Sources:
         cell_windows: int = 1,
         seed: int = 4,
         document_mask: bool = True,
+        pair_seed: int | None = None,
     ) -> Reading:
         """A mixture of the sources `names`."""
         sources = []
@@ -75,7 +78,9 @@ class Sources:
             Segment(first, {name: Fraction(str(weight)) for name, weight in weights.items()})
             for first, weights in segments
         ]
-        return Reading(sources, exact, sequences_per_step, sequence_tokens, document_mask=document_mask)
+        return Reading(
+            sources, exact, sequences_per_step, sequence_tokens, document_mask=document_mask, pair_seed=pair_seed
+        )
 
     def close(self) -> None:
         for shards in self.shards.values():

@@ -1,0 +1,187 @@
+"""Labelled examples of files, one after another, in bounded memory: texts with a class, or words with a tag each.
+
+What is wrong with an example is one line that names its file, its line and the way out. Knows no tokenizer, no shards
+and no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from llm_dist.data.documents import num_utf8_bytes
+from llm_dist.data.example_fields import Field, Row
+from llm_dist.data.example_rows import CONLL, RECORDS, TABLES, rows_of
+from llm_dist.data.inputs import PACKINGS, STANDARD_INPUT, InputFile, _expand
+from llm_dist.errors import UserError
+
+Task = Literal["classify", "tag"]
+
+KNOWN: dict[Task, str] = {
+    "classify": ".tsv, .csv, .jsonl, .parquet, .arrow or a folder saved by `datasets`",
+    "tag": ".conll, .bio, .iob, .iob2, .txt, .jsonl, .parquet, .arrow or a folder saved by `datasets`",
+}
+TEXT_KEY, PAIR_KEY, LABEL_KEY = "data.text_column", "data.text_pair_column", "data.label_column"
+
+_KIND = {ending: "CoNLL" if ending in CONLL else f".{ending}" for ending in (*CONLL, *TABLES, *RECORDS)}
+_BIO = re.compile(r"O|[BIES]-.+")
+
+
+class Columns(NamedTuple):
+    """Columns as the user names them: by name or, in a table without header, by position from 0; None: the default."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    """None: there is no second text."""
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one document is made of."""
+
+    texts: tuple[str, ...]
+    """A text, or a text and its pair, or words."""
+    labels: tuple[str, ...]
+    """One, or one per word."""
+    where: str
+    """File, and the line (row in Parquet and Arrow) at which it begins."""
+
+
+def read_examples(place: str, columns: Columns, task: Task) -> Iterator[Example]:
+    """Examples of a file, or of the files of a folder or glob, in order.
+
+    Raises:
+        UserError: there is none, or the first that cannot be used.
+    """
+    files = example_files(place, task)
+    found = False
+    for file in files:
+        fields = _fields(columns, task, file.format)
+        for row in rows_of(file, fields):
+            found = True
+            yield _pair(file, row, fields) if task == "classify" else _sentence(file, row)
+    if not found:
+        shown = ", ".join(file.shown for file in files[:3]) + (" ..." if len(files) > 3 else "")
+        raise UserError(f"{shown}: holds no example; name a file with {KNOWN[task]} content")
+
+
+def example_files(place: str, task: Task) -> list[InputFile]:
+    """The files at `place`, all of one kind that can hold examples of the task, in a stable order.
+
+    Raises:
+        UserError: there is none, or not of one such kind.
+    """
+    if place == STANDARD_INPUT:
+        raise UserError("standard input cannot be read again; name a file or a folder")
+    path = Path(place)
+    pairs = [(path.name, path)] if path.is_file() else [(name, path) for name, path in _expand(place) if path]
+    files = [file for name, path in pairs if (file := _typed(name, path)) is not None]
+    if not files:
+        what = "unknown type of file" if path.is_file() else "no file to read"
+        raise UserError(f"{place}: {what}; examples to {task} are {KNOWN[task]}, each also .gz or .zst")
+    if len(kinds := sorted({_KIND[file.format] for file in files})) > 1:
+        raise UserError(f"{place}: holds files of several kinds ({', '.join(kinds)}); name one kind, as in *.jsonl")
+    if task == "tag" and files[0].format in TABLES:
+        raise UserError(
+            f"{files[0].shown}: a table holds no words with tags; write one word, a tab and its tag per line in a "
+            ".conll file, or lists in .jsonl, .parquet or .arrow"
+        )
+    if task == "classify" and files[0].format in CONLL:
+        raise UserError(
+            f"{files[0].shown}: a .{files[0].format} file holds words with tags, not texts to classify; those are "
+            f"{KNOWN[task]}"
+        )
+    return files
+
+
+def _typed(name: str, path: Path) -> InputFile | None:
+    """The file as an input; None when its type is unknown or it is hidden below the folder that was named."""
+    parts = path.name.lower().split(".")
+    packing = parts.pop() if parts[-1] in PACKINGS else None
+    is_hidden = any(part.startswith(".") for part in Path(name).parts[1:])
+    return None if len(parts) < 2 or parts[-1] not in _KIND or is_hidden else InputFile(path, name, parts[-1], packing)
+
+
+def _fields(columns: Columns, task: Task, ending: str) -> list[Field]:
+    """What every row of such a file must have."""
+    if task == "tag":
+        if columns.text_pair is not None:
+            raise UserError(f"{PAIR_KEY}={columns.text_pair}: words with tags have no second text; leave the key out")
+        words = Field(TEXT_KEY, columns.text, ("tokens", "words"), 0)
+        return [words, Field(LABEL_KEY, columns.label, ("tags", "ner_tags"), -1)]
+    more_texts, more_labels = (("words", "tokens"), ("tags",)) if ending in TABLES else ((), ())
+    fields = [Field(TEXT_KEY, columns.text, ("text", "sentence", *more_texts), 0)]
+    if columns.text_pair is not None:
+        fields.append(Field(PAIR_KEY, columns.text_pair, (), 0))
+    return [*fields, Field(LABEL_KEY, columns.label, ("label", *more_labels), 1)]
+
+
+def _pair(file: InputFile, row: Row, fields: list[Field]) -> Example:
+    """A text, perhaps its pair, and their class."""
+    at = f"{file.shown}: {row.unit} {row.number}"
+    *texts, label = row.values
+    named = zip(texts, fields, strict=False)
+    return Example(
+        tuple(_text(text, at, f"the text ({field.key})") for text, field in named),
+        (_label(label, at),),
+        f"{file.name}: {row.unit} {row.number}",
+    )
+
+
+def _sentence(file: InputFile, row: Row) -> Example:
+    """Words and their tags."""
+    at = f"{file.shown}: {row.unit} {row.number}"
+    for values, key in zip(row.values, (TEXT_KEY, LABEL_KEY), strict=True):
+        if not isinstance(values, list):
+            raise UserError(f"{at}: {key} names a {type(values).__name__}, not a list of words or of their tags")
+    words, tags = row.values
+    if len(words) != len(tags):
+        raise UserError(f"{at}: {len(words)} words but {len(tags)} tags; write one tag per word")
+    if not words:
+        raise UserError(f"{at}: no word; delete the {row.unit}")
+    of_words = [
+        f"{file.shown}: line {row.number + place}" if row.is_word_per_line else f"{at}: word {place + 1}"
+        for place in range(len(words))
+    ]
+    return Example(
+        tuple(_text(word, where, f"the word ({TEXT_KEY})") for word, where in zip(words, of_words, strict=True)),
+        tuple(_tag(tag, where) for tag, where in zip(tags, of_words, strict=True)),
+        f"{file.name}: {row.unit} {row.number}",
+    )
+
+
+def _text(value: Any, at: str, what: str) -> str:
+    if value is None or (isinstance(value, str) and (not value or value.isspace())):
+        raise UserError(f"{at}: {what} is empty; fill it in or leave the example out")
+    if not isinstance(value, str):
+        raise UserError(f"{at}: {what} is a {type(value).__name__}, not a string; name another column or mend it")
+    try:
+        num_utf8_bytes(value)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{at}: {what} is not valid Unicode ({error.reason}); mend it") from None
+    return value
+
+
+def _label(value: Any, at: str) -> str:
+    if value is None or (isinstance(value, str) and (not value or value.isspace())):
+        raise UserError(f"{at}: the label ({LABEL_KEY}) is empty; fill it in or leave the example out")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str | int):
+        raise UserError(
+            f"{at}: the label ({LABEL_KEY}) is a {type(value).__name__}, neither a string nor an integer; "
+            "name another column or mend it"
+        )
+    return str(value).strip()
+
+
+def _tag(value: Any, at: str) -> str:
+    """A tag; integers stand for tags whose names are not known."""
+    tag = _label(value, at)
+    if isinstance(value, str) and not _BIO.fullmatch(tag):
+        raise UserError(f"{at}: tag {tag!r} is not BIO; tags are O, or B-, I-, E- or S- and a name, as in B-person")
+    return tag
