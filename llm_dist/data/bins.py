@@ -72,6 +72,15 @@ def separate_bins(document_ends: npt.NDArray[np.uint32], bin_tokens: int) -> Bin
     return BinPlan(bin_firsts.astype(np.int32), sizes.astype(np.int32), pieces.astype(np.int32))
 
 
+def single_bins(document_ends: npt.NDArray[np.uint32], bin_tokens: int) -> BinPlan:
+    """A bin for each document that ends at `document_ends` [n], in their order; what is longer is cut off."""
+    ends = document_ends.astype(np.int64)
+    firsts = np.concatenate([[0], ends[:-1]])
+    sizes = np.minimum(ends - firsts, bin_tokens)
+    pieces = np.arange(1, len(sizes) + 1)
+    return BinPlan(firsts.astype(np.int32), sizes.astype(np.int32), pieces.astype(np.int32))
+
+
 def _best_fit(sizes: list[int], bin_tokens: int) -> npt.NDArray[np.int64]:
     """Bin of each piece; of equally full bins, the one that became so last."""
     by_room: list[list[int]] = [[] for _ in range(bin_tokens)]

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from llm_dist.data.documents import num_utf8_bytes
 from llm_dist.data.example_fields import Field, Row
 from llm_dist.data.example_rows import CONLL, RECORDS, TABLES, rows_of
-from llm_dist.data.inputs import PACKINGS, STANDARD_INPUT, InputFile, _expand
+from llm_dist.data.inputs import PACKINGS, STANDARD_INPUT, InputFile, expand
 from llm_dist.errors import UserError
 
 Task = Literal["classify", "tag"]
@@ -27,6 +27,7 @@ KNOWN: dict[Task, str] = {
 TEXT_KEY, PAIR_KEY, LABEL_KEY = "data.text_column", "data.text_pair_column", "data.label_column"
 
 _KIND = {ending: "CoNLL" if ending in CONLL else f".{ending}" for ending in (*CONLL, *TABLES, *RECORDS)}
+_OUTSIDE = "O"
 _BIO = re.compile(r"O|[BIES]-.+")
 
 
@@ -78,7 +79,7 @@ def example_files(place: str, task: Task) -> list[InputFile]:
     if place == STANDARD_INPUT:
         raise UserError("standard input cannot be read again; name a file or a folder")
     path = Path(place)
-    pairs = [(path.name, path)] if path.is_file() else [(name, path) for name, path in _expand(place) if path]
+    pairs = [(path.name, path)] if path.is_file() else [(name, path) for name, path in expand(place) if path]
     files = [file for name, path in pairs if (file := _typed(name, path)) is not None]
     if not files:
         what = "unknown type of file" if path.is_file() else "no file to read"
@@ -149,7 +150,7 @@ def _sentence(file: InputFile, row: Row) -> Example:
     ]
     return Example(
         tuple(_text(word, where, f"the word ({TEXT_KEY})") for word, where in zip(words, of_words, strict=True)),
-        tuple(_tag(tag, where) for tag, where in zip(tags, of_words, strict=True)),
+        tuple(_tag(tag, where, _OUTSIDE in tags) for tag, where in zip(tags, of_words, strict=True)),
         f"{file.name}: {row.unit} {row.number}",
     )
 
@@ -179,9 +180,9 @@ def _label(value: Any, at: str) -> str:
     return str(value).strip()
 
 
-def _tag(value: Any, at: str) -> str:
-    """A tag; integers stand for tags whose names are not known."""
+def _tag(value: Any, at: str, is_of_entities: bool) -> str:
+    """A tag; beside an O, which is no entity, it must be one of an entity."""
     tag = _label(value, at)
-    if isinstance(value, str) and not _BIO.fullmatch(tag):
-        raise UserError(f"{at}: tag {tag!r} is not BIO; tags are O, or B-, I-, E- or S- and a name, as in B-person")
+    if is_of_entities and not _BIO.fullmatch(tag):
+        raise UserError(f"{at}: tag {tag!r} is not BIO; beside O, tags are B-, I-, E- or S- and a name, as in B-person")
     return tag

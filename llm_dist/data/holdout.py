@@ -15,7 +15,6 @@ Knows no model and no torch.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -51,17 +50,16 @@ class SeparateWindows:
 
     def __init__(
         self,
-        shards: ShardSet,
-        sequence_tokens: int,
-        cache: Path,
+        packing: Separate,
+        num_bytes: int,
         max_sequences: int | None = None,
         pair_seed: int | None = None,
     ) -> None:
-        """With a `pair_seed`, each row comes with text of another document."""
-        self._packing, self._pair_seed = Separate(shards, sequence_tokens, cache), pair_seed
+        """`num_bytes` of text lie in all windows; with a `pair_seed`, each row comes with text of another document."""
+        self._packing, self._pair_seed = packing, pair_seed
         self._chosen = _spread(self._packing.num_windows, max_sequences)
         self.num_windows = len(self._chosen)
-        self.num_bytes = round(shards.num_bytes * self.num_windows / self._packing.num_windows)
+        self.num_bytes = round(num_bytes * self.num_windows / self._packing.num_windows)
 
     def rows(self, chosen: range) -> Rows:
         """The windows of these numbers, of `num_windows`."""

@@ -26,6 +26,7 @@ from llm_dist.data.folder import (
     read_dataset,
     read_index,
 )
+from llm_dist.data.labels import open_labels
 from llm_dist.data.local import LocalTokens
 
 __all__ = ["ShardSet", "TokenReader", "open_shards", "read_chunks"]
@@ -99,8 +100,8 @@ class ShardSet:
         self.is_remote = reader.is_remote
         """Whether reading goes over a network, so that it helps to say what will be read."""
         self.chunks = chunks
-        self.labels: Any = None
-        """Of documents or tokens, where they have any."""
+        self.labels = open_labels(chunks.shown, dataset)
+        """Of documents or of tokens, where they have any."""
         self._reader = reader
 
     def tokens(self, start: int, count: int) -> Integers:

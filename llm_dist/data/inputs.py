@@ -69,7 +69,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[InputFile], int]:
     seen: set[Path] = set()
     names: dict[str, int] = {}
     num_skipped = 0
-    for name, path in (pair for each in inputs for pair in _expand(each)):
+    for name, path in (pair for each in inputs for pair in expand(each)):
         file = InputFile(None, STANDARD_INPUT, "txt") if path is None else _typed(name, path)
         if path is not None and path.resolve() in seen:
             file = None
@@ -91,7 +91,8 @@ def _renamed(file: InputFile, names: dict[str, int]) -> InputFile:
     return InputFile(file.path, f"{file.name}~{names[file.name]}", file.format, file.packing)
 
 
-def _expand(text: str) -> Iterator[tuple[str, Path | None]]:
+def expand(text: str) -> Iterator[tuple[str, Path | None]]:
+    """Names and paths of what an input means: a file, a folder's files, a glob's; standard input has no path."""
     path = Path(text)
     if text == STANDARD_INPUT:
         yield STANDARD_INPUT, None

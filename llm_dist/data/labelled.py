@@ -8,33 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
-from io import BufferedRandom, BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from llm_dist.data.example_ids import Document, documents, names_of
 from llm_dist.data.examples import Columns, Task, example_files, read_examples
 from llm_dist.data.folder import DATASET, DTYPES
 from llm_dist.data.inputs import content_of, naming
+from llm_dist.data.labels import LABEL_DTYPE, LABELS, Per, sha256_of, write_header
 from llm_dist.data.output import UNFINISHED, BusyOutputError, Output, sync_file, sync_folder
-from llm_dist.data.places import is_url
 from llm_dist.data.shards import ShardWriter, dtype_name
 from llm_dist.errors import UserError
 from llm_dist.tokenizer import FILES, Tokenizer, load
 
-LABELS = "labels.npy"
-LABEL_DTYPE = np.dtype("<i4")
 VERSION = 1
 """Of the rule that makes ids and labels of an example: another one makes other shards."""
-
-Per = Literal["document", "token"]
-Numbers = npt.NDArray[np.integer[Any]]
 
 _PER: dict[Task, Per] = {"classify": "document", "tag": "token"}
 _WAIT_SECONDS = 0.2
@@ -120,16 +112,16 @@ def _write(job: _Job, names: list[str], folder: Path) -> None:
     with ShardWriter(folder, vocabulary, job.tokenizer.fingerprint) as writer:
         with (folder / (LABELS + UNFINISHED)).open("w+b") as file:
             num_labels = 0
-            _write_header(file, num_labels)
+            write_header(file, num_labels)
             examples = read_examples(job.place, job.columns, job.task)
             for batch in documents(examples, job.task, job.tokenizer, names):
                 longest_tokens = max(longest_tokens, _add(writer, batch, DTYPES[dtype_name(vocabulary)]))
                 labels = np.array([label for document in batch for label in document.labels], LABEL_DTYPE)
                 file.write(labels.data)
                 num_labels += len(labels)
-            _write_header(file, num_labels)
+            write_header(file, num_labels)
             sync_file(file)
-            sha256 = _sha256(file)
+            sha256 = sha256_of(file)
         (folder / (LABELS + UNFINISHED)).rename(folder / LABELS)
         sync_folder(folder)
         writer.close(
@@ -145,70 +137,3 @@ def _add(writer: ShardWriter, batch: Sequence[Document], dtype: np.dtype[Any]) -
     num_tokens = np.array([len(document.ids) for document in batch])
     writer.add_many(ids, num_tokens, np.array([document.num_bytes for document in batch]))
     return int(num_tokens.max())
-
-
-def _write_header(file: BinaryIO, num_labels: int) -> None:
-    """What stands before the labels: as long for any number of them, so that it is written again when that is known."""
-    file.seek(0)
-    header = {"descr": LABEL_DTYPE.str, "fortran_order": False, "shape": (num_labels,)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def _sha256(file: BufferedReader | BufferedRandom) -> str:
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Labels:
-    """The labels of one shard folder, memory-mapped; `open_labels` makes it."""
-
-    def __init__(self, per: Per, names: Sequence[str], ids: npt.NDArray[np.int32]) -> None:
-        self.per = per
-        """What has a label: each document, or each token."""
-        self.names = tuple(names)
-        """In order of their ids."""
-        self._ids = ids
-
-    def of_documents(self, numbers: Numbers) -> npt.NDArray[np.int32]:
-        """Label ids of documents by their numbers in the stream: [n] -> [n]."""
-        assert self.per == "document", "these labels are of tokens"
-        return self._ids[numbers]
-
-    def of_tokens(self, start: int, count: int) -> npt.NDArray[np.int32]:
-        """Label ids of `count` tokens of the stream from `start` on, circular; -100 where a token has none."""
-        assert self.per == "token", "these labels are of documents"
-        first = start % len(self._ids)
-        if first + count <= len(self._ids):
-            return self._ids[first : first + count]
-        return self._ids[np.arange(first, first + count) % len(self._ids)]
-
-
-def open_labels(folder: str, dataset: Mapping[str, Any]) -> Labels | None:
-    """The labels beside the shards that `dataset`, the content of dataset.json, describes; None: it has none.
-
-    Raises:
-        UserError: they are missing or damaged, or lie behind a URL.
-    """
-    if (about := dataset.get("labels")) is None:
-        return None
-    if is_url(folder):
-        raise UserError(f"{folder}: has labels, which are read from a folder of this machine only; copy it here")
-    path = Path(folder) / LABELS
-    count = dataset["num_documents" if about["per"] == "document" else "num_tokens"]
-    try:
-        with path.open("rb") as file:
-            if mistake := _mistake(file, about["sha256"], count):
-                raise UserError(f"{path}: {mistake}; restore it, or delete {Path(folder).parent} to have it made anew")
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; restore it, or delete {Path(folder).parent} to have it made anew") from None
-    return Labels(about["per"], about["names"], np.load(path, mmap_mode="r"))
-
-
-def _mistake(file: BufferedReader, sha256: str, count: int) -> str | None:
-    """Why the file is not the one that was written; None when it is."""
-    size = os.fstat(file.fileno()).st_size
-    _write_header(header := BytesIO(), count)
-    wanted = header.tell() + count * LABEL_DTYPE.itemsize
-    if size != wanted:
-        return f"{'truncated' if size < wanted else 'too long'}, {size} bytes instead of {wanted}"
-    return None if _sha256(file) == sha256 else f"damaged, not the one {DATASET} names (sha256)"

@@ -5,6 +5,7 @@ Raw text becomes shards in the cache first. Knows no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from xxhash import xxh3_64_intdigest
@@ -15,8 +16,9 @@ from llm_dist.data.folder import DATASET, INDEX
 from llm_dist.data.holdout import HoldoutWindows, SeparateWindows, Windows
 from llm_dist.data.index import ShardSet
 from llm_dist.data.mixture import Segment, exact
+from llm_dist.data.opening_labelled import open_labelled
 from llm_dist.data.order import Order
-from llm_dist.data.packing import BestFit, Concatenated, Packing, Separate
+from llm_dist.data.packing import BestFit, Concatenated, Labelled, Packing, Separate
 from llm_dist.data.places import is_url, open_place
 from llm_dist.data.raw import shards_of
 from llm_dist.data.reading import Reading, Source, segments_by_size
@@ -34,7 +36,7 @@ def open_reading(run: Config) -> Reading:
     sources = []
     for name, place in run.data.sources.items():
         key = "data.train" if isinstance(run.data.train, str) else f"data.train.{name}"
-        shards = _open(run, key, place)
+        shards = open_source(run, key, place, run.data.labels or None)
         try:
             packing = _packing(run, shards, seed := order_seed(run.run.seed, name))
         except UserError as error:
@@ -59,8 +61,9 @@ def open_reading(run: Config) -> Reading:
 def open_holdouts(run: Config, train: ShardSet) -> dict[str, ShardSet]:
     """The held-out folders by the name of their curve; made with the tokenizer of `train`, any of the sources."""
     opened: dict[str, ShardSet] = {}
+    names = None if train.labels is None else train.labels.names
     for place in run.data.holdouts:
-        shards = _open(run, "data.holdout", place)
+        shards = open_source(run, "data.holdout", place, names)
         _check_same_tokenizer("data.holdout", place, shards, train)
         opened[_curve_name(place, opened)] = shards
     return opened
@@ -71,11 +74,22 @@ def held_out(run: Config, shards: ShardSet, max_sequences: int | None = None) ->
     if not _is_separate(run):
         return HoldoutWindows(shards, run.text_tokens, run.data.document_mask, max_sequences)
     pair_seed = run.run.seed if _needs_partners(run) else None
-    return SeparateWindows(shards, run.text_tokens, cache_folder(run), max_sequences, pair_seed)
+    return SeparateWindows(_separate(run, shards), shards.num_bytes, max_sequences, pair_seed)
 
 
-def with_mixture(run: Config, reading: Reading) -> Config:
-    """The run file with its mixture written out, where its weights follow from the sources' sizes."""
+def settled(run: Config, reading: Reading) -> Config:
+    """The run file with what follows from its data written out: names of labels, weights by the sources' sizes."""
+    return _with_labels(_with_mixture(run, reading), reading)
+
+
+def _with_labels(run: Config, reading: Reading) -> Config:
+    labels = reading.sources[0].shards.labels
+    if labels is None or not run.objective.is_labelled:
+        return run
+    return run.model_copy(update={"data": run.data.model_copy(update={"labels": list(labels.names)})})
+
+
+def _with_mixture(run: Config, reading: Reading) -> Config:
     if run.data.mixture or len(reading.sources) == 1:
         return run
     weights = {source.name: float(source.packing.num_windows) for source in reading.sources}
@@ -93,7 +107,16 @@ def cache_folder(run: Config) -> Path:
     return Path(run.data.cache).expanduser()
 
 
-def _open(run: Config, key: str, place: str) -> ShardSet:
+def open_source(run: Config, key: str, place: str, names: Sequence[str] | None = None) -> ShardSet:
+    """What the run's objective reads of `place`, which `key` names: shards, raw text, or labelled examples.
+
+    Labels must be among `names`, where those are given.
+
+    Raises:
+        UserError: it cannot be read, and why.
+    """
+    if run.objective.is_labelled:
+        return open_labelled(run, key, place, names)
     cache = cache_folder(run)
     try:
         return open_place(shards_of(place, run.data.tokenizer, run.data.split, cache), cache, run.data.cache_gigabytes)
@@ -119,10 +142,15 @@ def _check_tokenizer(run: Config) -> None:
 
 def _packing(run: Config, shards: ShardSet, seed: int) -> Packing:
     if _is_separate(run):
-        return Separate(shards, run.text_tokens, cache_folder(run))
+        return _separate(run, shards)
     if run.data.packing == "best_fit":
         return BestFit(shards, run.text_tokens, cache_folder(run))
     return Concatenated(shards, run.text_tokens, seed)
+
+
+def _separate(run: Config, shards: ShardSet) -> Separate:
+    kind = Labelled if run.objective.is_labelled else Separate
+    return kind(shards, run.text_tokens, cache_folder(run))
 
 
 def _is_separate(run: Config) -> bool:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from llm_dist.data.bins import BINS_VERSION, BinPlan, plan_bins, separate_bins
+from llm_dist.data.bins import BINS_VERSION, BinPlan, plan_bins, separate_bins, single_bins
 from llm_dist.data.index import ShardSet
 from llm_dist.data.order import CELL_TOKENS, Indices, phases
 from llm_dist.errors import UserError
@@ -216,21 +216,30 @@ class BestFit(Binned):
 
 
 class Separate(Binned):
-    """A bin holds one document, or a piece of one; its label, where documents have labels, comes with it."""
+    """A bin holds one document, or a piece of one."""
 
     _kind, _plan_bins = "-separate", staticmethod(separate_bins)
 
     def rows(self, epochs: Indices, windows: Indices, document_mask: bool) -> Rows:
         """A document is a row, which no mask needs to divide."""
-        rows, labels = super().rows(epochs, windows, False), self._shards.labels
-        if labels is None:
-            return rows
+        return super().rows(epochs, windows, False)
+
+
+class Labelled(Separate):
+    """A bin holds one document, as far as it fits, and the document's label or its tokens' labels come with it."""
+
+    _kind, _plan_bins = "-single", staticmethod(single_bins)
+
+    def rows(self, epochs: Indices, windows: Indices, document_mask: bool) -> Rows:
+        """Rows with their targets."""
+        rows, labels = super().rows(epochs, windows, document_mask), self._shards.labels
+        assert labels is not None, "shards of labelled examples have labels"
         if labels.per == "document":
             return rows._replace(targets=labels.of_documents(self.documents(windows)))
         targets = np.full(rows.inputs.shape, NOT_LABELLED, np.int64)
         for row, (epoch, window) in enumerate(zip(epochs.tolist(), windows.tolist(), strict=True)):
-            for _, start, count in self.spans(epoch, window):
-                targets[row, :count] = labels.of_tokens(start, count)
+            [(_, start, count)] = self.spans(epoch, window)
+            targets[row, :count] = labels.of_tokens(start, count)
         return rows._replace(targets=targets)
 
 

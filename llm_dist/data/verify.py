@@ -34,6 +34,7 @@ from llm_dist.data.folder import (
     read_index,
     stored_dtype,
 )
+from llm_dist.data.labels import LABELS, open_labels
 from llm_dist.data.shards import dataset_fingerprint
 from llm_dist.errors import UserError
 
@@ -104,8 +105,13 @@ def _dataset_damages(folder: Path, dataset: dict[str, Any]) -> Iterator[Damage]:
     except UserError as error:
         yield Damage("dataset.json", _without_path(error))
     shas = [shard["sha256"] for shard in dataset["shards"]]
-    if dataset_fingerprint(dataset["dtype"], dataset["tokenizer"], shas) != dataset["fingerprint"]:
+    fingerprint = dataset_fingerprint(dataset["dtype"], dataset["tokenizer"], shas, dataset.get("labels"))
+    if fingerprint != dataset["fingerprint"]:
         yield Damage("dataset.json", "dtype, tokenizer and shards do not give the fingerprint")
+    try:
+        open_labels(str(folder), dataset)
+    except UserError as error:
+        yield Damage(LABELS, _without_path(error))
     try:
         check_tokenizer(folder, dataset["tokenizer"])
         tokenizer.load(folder / "tokenizer")

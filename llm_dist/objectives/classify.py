@@ -2,63 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from llm_dist import config
 from llm_dist.batch import NOT_SCORED, Batch, LossSum
 from llm_dist.model.transformer import Transformer
-from llm_dist.objectives.confusion import confusion, scores_of
+from llm_dist.objectives.labelled import Labelled
 from llm_dist.objectives.masked import at, filled
 from llm_dist.rows import Rows
-from llm_dist.tokenizer import SEP, Tokenizer
-
-TRIMMED_TO = 16
-"""A batch is as long as its longest row, rounded up to a multiple of this: few shapes, little padding."""
-
-
-class Labelled:
-    """What classifying texts and tokens have in common: rows [cls] text [sep] (text [sep]), and classes."""
-
-    scores_text = False
-
-    def __init__(self, run: config.Config, tokenizer: Tokenizer, weights: Sequence[float] | None) -> None:
-        self._is_causal, self._pad_id = run.model.is_causal, tokenizer.pad_id
-        self._sep_id, self._has_segments = tokenizer.special_ids[SEP], run.model.segments > 1
-        self.labels = list(run.data.labels)
-        self.num_counts = len(self.labels) ** 2
-        self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
-
-    def weights_on(self, device: torch.device) -> Tensor | None:
-        """What multiplies the loss of each label."""
-        return None if self._weights is None else self._weights.to(device)
-
-    def count(self, batch: Batch, loss: LossSum) -> Tensor:
-        """How often each label was taken for each: [labels^2], by true label, then predicted one."""
-        assert loss.predicted is not None
-        return confusion(batch.labels, loss.predicted, len(self.labels))
-
-    def scores(self, counts: Tensor) -> dict[str, float]:
-        """Accuracy, and F1 as the mean over labels."""
-        return scores_of(counts.view(len(self.labels), -1).numpy())
-
-    def _inputs(self, rows: Rows, num_rows: int) -> tuple[Batch, Tensor]:
-        """The rows, without labels, and their lengths [num_rows]."""
-        num_tokens = rows.scored_tokens().astype(np.int64)
-        longest = int(num_tokens.max(initial=1))
-        length = min(rows.inputs.shape[1], -(-longest // TRIMMED_TO) * TRIMMED_TO)
-        ids = np.where(np.arange(length) < num_tokens[:, None], rows.inputs[:, :length], self._pad_id)
-        documents = (np.arange(length) >= num_tokens[:, None]).astype(np.int64)
-        batch = Batch(filled(ids, num_rows, self._pad_id), torch.empty(0), filled(documents, num_rows, 0))
-        if self._has_segments:  # the second text begins behind the first [sep]
-            behind = np.cumsum(ids == self._sep_id, axis=1) - (ids == self._sep_id)
-            segments = np.minimum(behind, 1) * (1 - documents)
-            batch = replace(batch, segment_ids=filled(segments, num_rows, 0))
-        return batch, filled(num_tokens, num_rows, 1)
 
 
 class Classify(Labelled):
@@ -67,7 +20,7 @@ class Classify(Labelled):
     def make_batch(self, rows: Rows, num_rows: int) -> Batch:
         """Absent rows are padding without a label."""
         assert rows.targets is not None
-        batch, num_tokens = self._inputs(rows, num_rows)
+        batch, num_tokens = self.unlabelled(rows, num_rows)
         place = num_tokens - 1 if self._is_causal else torch.zeros_like(num_tokens)
         labels = filled(rows.targets.astype(np.int64), num_rows, NOT_SCORED)[:, None]
         return replace(batch, labels=labels, scored=place[:, None])
@@ -78,22 +31,4 @@ class Classify(Labelled):
         hidden = at(model(batch.input_ids, None, batch.document_ids, segment_ids=batch.segment_ids), batch.scored)
         pooled = hidden if model.pooler is None else model.pooler(hidden)
         result: LossSum = model.class_head(pooled, batch.labels, self.weights_on(hidden.device))
-        return result
-
-
-class Tag(Labelled):
-    """One label per word, at its first token."""
-
-    def make_batch(self, rows: Rows, num_rows: int) -> Batch:
-        """Absent rows are padding without labels."""
-        assert rows.targets is not None
-        batch, _ = self._inputs(rows, num_rows)
-        targets = rows.targets[:, : batch.input_ids.size(1)].astype(np.int64)
-        return replace(batch, labels=filled(targets, num_rows, NOT_SCORED))
-
-    def loss(self, model: Transformer, batch: Batch) -> LossSum:
-        """Cross-entropy of the labels."""
-        assert model.class_head is not None
-        hidden = model(batch.input_ids, None, batch.document_ids, segment_ids=batch.segment_ids)
-        result: LossSum = model.class_head(hidden, batch.labels, self.weights_on(hidden.device))
         return result

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from llm_dist import config, tokenizer
 from llm_dist.objectives.causal import Causal
-from llm_dist.objectives.classify import Classify, Tag
+from llm_dist.objectives.classify import Classify
 from llm_dist.objectives.masked import Masked
 from llm_dist.objectives.objective import Objective
 from llm_dist.objectives.paired import Paired
+from llm_dist.objectives.tag import Tag
 
 
 def build(run: config.Config, tokenizer_folder: Path, class_weights: Sequence[float] | None = None) -> Objective:

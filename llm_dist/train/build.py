@@ -15,6 +15,7 @@ from llm_dist.checkpoint.store import read_parameters
 from llm_dist.data import opening
 from llm_dist.data.index import ShardSet
 from llm_dist.data.loader import Loader
+from llm_dist.data.opening_labelled import class_weights
 from llm_dist.data.reading import Reading
 from llm_dist.engine import select
 from llm_dist.engine.engine import Engine, FillParameter
@@ -80,7 +81,8 @@ def open_data(run: config.Config) -> DataFolders:
 
 def build(run: config.Config, runtime: Runtime, data: DataFolders, report: Callable[[str], None]) -> Parts:
     """Build the model and hand it to its engine; collective: all ranks call this."""
-    objective = objectives.build(run, data.any_shards.tokenizer_folder)
+    weights = class_weights(run, data.any_shards)
+    objective = objectives.build(run, data.any_shards.tokenizer_folder, weights)
     with torch.device(select.CONSTRUCTION_DEVICE[run.engine.name]):
         model = build_model(run, data.any_shards.vocabulary_tokens)
     engine = select.build(Trainee(model, objective), _fill(run, data, report), run, runtime, report)

@@ -73,7 +73,7 @@ def _train(run: config.Config, folder: RunFolder, here: Runtime, stop: StopFlag,
     # Rank 0 alone first: it may make shards of raw text or plan bins, which the others then find.
     first = _alone(here, stop, lambda: build.open_data(run))
     data = _on_all(here, first if here.is_first else lambda: build.open_data(run))
-    run = opening.with_mixture(run, data.reading)
+    run = opening.settled(run, data.reading)
     prints, tokenizer = data.fingerprints, data.any_shards.tokenizer_folder
     run = config.parse(_on_first(here, lambda: folder.open(run, prints, accepted).model_dump(by_alias=True)))
     record = {"ranks": here.ranks, "engine": run.engine.model_dump(), "accepted": list(accepted)}

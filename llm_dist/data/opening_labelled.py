@@ -1,0 +1,77 @@
+"""From the [data] section of a run file to the labelled examples that it names: shards with labels. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+from llm_dist.config import Config
+from llm_dist.data.examples import Columns
+from llm_dist.data.folder import DATASET
+from llm_dist.data.index import ShardSet, open_shards
+from llm_dist.data.labelled import labelled_shards
+from llm_dist.errors import UserError
+
+
+def open_labelled(run: Config, key: str, place: str, names: Sequence[str] | None) -> ShardSet:
+    """The examples at `place`, which `key` names; their labels must be among `names`, where those are given.
+
+    Raises:
+        UserError: they cannot be read, or are longer than a sequence, and why.
+    """
+    try:
+        shards = open_shards(_folder(run, place, names))
+        _check_labels(shards, names)
+        _check_lengths(run, shards)
+    except UserError as error:
+        raise UserError(f"{key}={place}: {error}") from None
+    return shards
+
+
+def class_weights(run: Config, shards: ShardSet) -> list[float] | None:
+    """Factors of the labels' losses, as `objective.class_weights` says; None: they are all 1.
+
+    Raises:
+        UserError: not as many factors as labels.
+    """
+    wanted, names = run.objective.class_weights, run.data.labels
+    if wanted == "none" or not run.heads.classes:
+        return None
+    if isinstance(wanted, list):
+        if len(wanted) != len(names):
+            raise UserError(
+                f"objective.class_weights has {len(wanted)} factors for {len(names)} labels ({', '.join(names)}); "
+                "give one for each, in that order"
+            )
+        return wanted
+    assert shards.labels is not None
+    counts = shards.labels.counts()
+    return [sum(counts) / (len(counts) * count) if count else 0.0 for count in counts]
+
+
+def _folder(run: Config, place: str, names: Sequence[str] | None) -> Path:
+    """The finished shards that `place` is, or those that are made of the examples there."""
+    if (Path(place) / DATASET).is_file():
+        return Path(place)
+    if run.data.tokenizer is None:
+        raise UserError("labelled examples need a tokenizer; name its folder in data.tokenizer")
+    columns = Columns(run.data.text_column, run.data.text_pair_column, run.data.label_column)
+    task = cast(Literal["classify", "tag"], run.objective.name)
+    return labelled_shards(place, columns, task, run.data.tokenizer, Path(run.data.cache).expanduser(), names)
+
+
+def _check_labels(shards: ShardSet, names: Sequence[str] | None) -> None:
+    if shards.labels is None:
+        raise UserError("holds no labels; name a labelled file, or shards that were made of one")
+    if names is not None and (unknown := set(shards.labels.names) - set(names)):
+        raise UserError(f"label {min(unknown)!r} is unknown; the model knows {', '.join(names)}")
+
+
+def _check_lengths(run: Config, shards: ShardSet) -> None:
+    longest, room = shards.dataset["made_from"].get("longest_tokens", 0), run.text_tokens
+    if longest > room and run.data.too_long == "refuse":
+        raise UserError(
+            f"the longest example has {longest} tokens, more than data.sequence_tokens={room}; raise that, or set "
+            'data.too_long="cut" to read only the beginning of such examples'
+        )
