@@ -25,8 +25,8 @@ _RUN_FILE = """\
 name = "{name}"
 steps = 1000
 
-# The model of the folder. Larger: model.max_sequence_tokens, model.rope_theta and model.rope_scaling may change where
-# positions are rotary; the other keys give the weights their shapes.
+# The model of the folder. Where positions are rotary, max_sequence_tokens, rope_theta and rope_scaling may change, to
+# read longer sequences; the other keys belong to the weights.
 [model]
 {model}
 

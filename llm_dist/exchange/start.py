@@ -15,6 +15,7 @@ from torch import Tensor
 from llm_dist.config import Heads, Model
 from llm_dist.errors import UserError
 from llm_dist.exchange.load import HuggingFaceModel, open_folder
+from llm_dist.exchange.rows import Shapes
 from llm_dist.model.size import parameter_shapes
 from llm_dist.tokenizer import DEFINITION_FILE, Tokenizer
 
@@ -45,9 +46,7 @@ def fill_from_hugging_face(
     _require_tokenizer(source, tokenizer)
     _require_same_model(source, model, heads, report)
     shapes = parameter_shapes(model, source.vocabulary_tokens, heads)
-    new = {name for name, shape in shapes.items() if name.startswith(_OF_HEADS) and not _has(source, name, shape)}
-    if new:
-        report(f"init.from={folder} has no weights for {', '.join(sorted(new))}: they start at random")
+    new = new_heads(folder, shapes, {name: source.shapes[name] for name in source.rows}, report)
 
     def fill(name: str, shape: Sequence[int]) -> Tensor:
         return otherwise(name, shape) if name in new else source.parameter(name)
@@ -55,9 +54,17 @@ def fill_from_hugging_face(
     return fill
 
 
-def _has(source: HuggingFaceModel, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the folder has a parameter in this shape; a head for other classes is another head."""
-    return name in source.rows and source.shapes[name] == shape
+def new_heads(source: Path, shapes: Shapes, there: Shapes, report: Callable[[str], None]) -> frozenset[str]:
+    """Parameters of heads that the source of a run lacks, or has in another shape; says in one line which they are.
+
+    Args:
+        shapes: of the run's parameters.
+        there: of the source's.
+    """
+    new = [name for name, shape in shapes.items() if name.startswith(_OF_HEADS) and there.get(name) != shape]
+    if new:
+        report(f"init.from={source} has no weights for {', '.join(sorted(new))}: they start at random")
+    return frozenset(new)
 
 
 def _require_tokenizer(source: HuggingFaceModel, tokenizer: Tokenizer) -> None:

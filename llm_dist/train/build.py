@@ -21,8 +21,9 @@ from llm_dist.engine import select
 from llm_dist.engine.engine import Engine, FillParameter
 from llm_dist.errors import UserError
 from llm_dist.exchange.load import is_hugging_face
-from llm_dist.exchange.start import Fill, fill_from_hugging_face
+from llm_dist.exchange.start import Fill, fill_from_hugging_face, new_heads
 from llm_dist.model.init import initial_value
+from llm_dist.model.size import parameter_shapes
 from llm_dist.model.transformer import Transformer
 from llm_dist.objectives import select as objectives
 from llm_dist.objectives.objective import Objective, Trainee
@@ -100,20 +101,26 @@ def _fill(run: config.Config, data: DataFolders, report: Callable[[str], None]) 
         return at_random
     source = Path(run.init.source)
     if not is_hugging_face(source):
-        return _fill_from(source)
+        return _fill_from(source, run, data.any_shards.vocabulary_tokens, report)
     own = tokenizer.load(data.any_shards.tokenizer_folder)
     return fill_from_hugging_face(source, run.model, run.heads, own, at_random, report)
 
 
-def _fill_from(source: Path) -> FillParameter:
+def _fill_from(
+    source: Path, run: config.Config, vocabulary_tokens: int, report: Callable[[str], None]
+) -> FillParameter:
     """Weights of the checkpoint, or of the latest one of the run folder, that `init.from` names."""
     try:
         found = layout.find(source)
     except UserError as error:
         raise UserError(f"init.from: {error}") from None
-    weights = read_parameters(found.folder)
+    weights, at_random = read_parameters(found.folder), _fill_at_random(run)
+    shapes = parameter_shapes(run.model, vocabulary_tokens, run.heads)
+    new = new_heads(source, shapes, {name: tuple(weight.shape) for name, weight in weights.items()}, report)
 
     def fill(name: str, shape: torch.Size) -> Tensor:
+        if name in new:
+            return at_random(name, shape)
         there = weights[name].shape if name in weights else None
         if there != shape:
             is_there = f"has shape {list(there)}" if there is not None else "is not there"
