@@ -33,6 +33,8 @@ SHARED_ROOMS = {
     "tokenizer_training": "tokenizer",
     "tokenizer_vocabulary": "tokenizer",
     "tokenizer_fast": "tokenizer",
+    "tokenizer_words": "tokenizer",
+    "tokenizer_import": "tokenizer",
     "plan_memory": "plan",
     "config_fields": "config",
     "config_model": "config",
@@ -61,6 +63,8 @@ TORCH_FREE = (
         "llm_dist.tokenizer_training",
         "llm_dist.tokenizer_vocabulary",
         "llm_dist.tokenizer_fast",
+        "llm_dist.tokenizer_words",
+        "llm_dist.tokenizer_import",
         "llm_dist.model.size",
         "llm_dist.checkpoint.layout",
     ),
@@ -73,7 +77,7 @@ VENDORS = {
     "accelerate": ("llm_dist.engine.fsdp",),
     "torch.distributed.fsdp": ("llm_dist.engine.fsdp",),
     "torch.distributed._composable.fsdp": ("llm_dist.engine.fsdp",),
-    "transformers": ("llm_dist.exchange",),
+    "transformers": ("llm_dist.exchange", "llm_dist.tokenizer_import"),
 }
 """The only modules that may import each vendor."""
 

@@ -20,6 +20,7 @@ COMMANDS = [
     ("llm_dist", words)
     for words in (
         ["tokenizer", "train"],
+        ["tokenizer", "import"],
         ["tokenize"],
         ["data", "inspect"],
         ["data", "verify"],
@@ -28,6 +29,7 @@ COMMANDS = [
         ["eval"],
         ["generate"],
         ["export"],
+        ["import"],
         ["curve"],
     )
 ] + [("launcher.cli", words) for words in (["local"], ["status"], ["plan"])]
