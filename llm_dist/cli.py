@@ -11,11 +11,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from llm_dist.errors import UserError, exit_code_of
+
+if TYPE_CHECKING:
+    from llm_dist.tokenizer_chat import Message
 
 SETTINGS: dict[str, Any] = {
     "add_completion": False,
@@ -251,6 +254,8 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample among the K likeliest; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest that make up this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seeds the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt: for runs that learnt responses.")] = False,
+    system: Annotated[str | None, typer.Option(help="What the answering side is told first, with --chat.")] = None,
     step: Step = None,
     best: Best = False,
     as_json: Json = False,
@@ -261,13 +266,16 @@ def generate(
         from llm_dist import trained
         from llm_dist.generate import generate as run
 
+        said = _conversation(prompt, system) if chat else prompt
+        if system is not None and not chat:
+            raise UserError("--system is part of a conversation; add --chat")
         source = trained.find(checkpoint, step, best)
         stream = sys.stderr if as_json else sys.stdout
-        stream.write(prompt)
+        stream.write("" if chat else prompt)
         result = run(
             source.model(),
             source.tokenizer,
-            prompt,
+            said,
             max_tokens=max_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -328,6 +336,14 @@ def curve(
         return picture.draw(run, out)
 
     _finish(work, as_json)
+
+
+def _conversation(prompt: str, system: str | None) -> list[Message]:
+    from llm_dist.tokenizer_chat import Message
+
+    if not prompt:
+        raise UserError("--chat answers a prompt; give one with --prompt")
+    return [*([] if system is None else [Message("system", system)]), Message("user", prompt)]
 
 
 def _range(text: str) -> range:

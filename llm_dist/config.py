@@ -131,6 +131,8 @@ class Config(Section):
             raise ValueError(f'{named} needs data.packing="separate": a row holds two texts, not parts of many')
         if objective.name == "masked_nsp" and self.sequences_per_step < 2:
             raise ValueError(f"{named} needs at least 2 sequences per step; raise batch.tokens_per_step")
+        if self.data.labels and not objective.has_classes:
+            raise ValueError(f"data.labels names classes, which {named} does not have; leave the key out")
         if self.eval.best not in objective.scores:
             raise ValueError(
                 f'eval.best="{self.eval.best}" is no score of {named}; choose one of {", ".join(objective.scores)}'
@@ -157,9 +159,9 @@ class Config(Section):
     @property
     def heads(self) -> Heads:
         """What the model ends in."""
-        name = self.objective.name
-        if name in ("classify", "tag"):
-            return Heads(language=False, classes=len(self.data.labels), per_token=name == "tag")
+        if self.objective.has_classes:
+            per_token = self.objective.name == "tag"
+            return Heads(language=False, classes=len(self.data.labels), per_token=per_token)
         return Heads(pair=self.objective.is_paired)
 
     @property

@@ -65,11 +65,12 @@ class Data(Section):
     tokenizer: str | None = free(None)
     """Tokenizer folder for sources that are raw text: they become shards in `data.cache` when the run starts."""
     text_column: str | None = identity(None)
-    """Column of labelled files that holds the text, or the words; a number counts from 0 where there is no header."""
+    """Column of labelled files that holds the text, the words, the prompt or the messages; a number counts from 0 where
+    there is no header."""
     text_pair_column: str | None = identity(None)
-    """Column that holds the second text; there is one text when absent."""
+    """Column that holds the second text, or what belongs below a prompt; there is one text when absent."""
     label_column: str | None = identity(None)
-    """Column that holds the label, or the words' labels."""
+    """Column that holds the label, the words' labels or the response."""
     labels: list[str] = identity([])
     """Names of the labels, in the order of their ids; those of the training data, sorted, when absent."""
     too_long: Literal["refuse", "cut"] = identity("refuse")
@@ -314,6 +315,11 @@ class Objective(Section):
     def is_labelled(self) -> bool:
         """Whether it learns from labels that people gave."""
         return self.name in ("classify", "tag", "instruct")
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether what it learns are labels with names."""
+        return self.name in ("classify", "tag")
 
     @property
     def num_frame_tokens(self) -> int:

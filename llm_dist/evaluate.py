@@ -21,7 +21,7 @@ class Evaluation:
     loss_nats: float
     """Mean negative log-likelihood per scored token, or per label."""
     perplexity: float | None
-    """exp(loss_nats), infinite where that overflows; None where not every token of the text is scored."""
+    """exp(loss_nats), infinite where that overflows; None where tokens are not predicted from those before them."""
     bits_per_byte: float | None
     """Bits per UTF-8 byte of the text, comparable between tokenizers; None where not all of it is scored."""
     tokens: int
@@ -38,8 +38,10 @@ class Evaluation:
     def words(self) -> str:
         """For people, in one line."""
         parts = [f"loss {self.loss_nats:.4f} nats"]
-        if self.perplexity is not None and self.bits_per_byte is not None:
-            parts += [f"perplexity {self.perplexity:.2f}", f"{self.bits_per_byte:.4f} bits per byte"]
+        if self.perplexity is not None:
+            parts.append(f"perplexity {self.perplexity:.2f}")
+        if self.bits_per_byte is not None:
+            parts.append(f"{self.bits_per_byte:.4f} bits per byte")
         return ", ".join([*parts, *(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.scores.items())])
 
 
@@ -80,8 +82,6 @@ def evaluate(
     total = runtime.sum(sums)
     nats, tokens = total[:2].tolist()
     mean, scores = nats / max(1, tokens), objective.scores(total[2:])
-    if not objective.scores_text:
-        return Evaluation(mean, None, None, int(tokens), windows.num_bytes, scores)
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    bits_per_byte = nats / math.log(2) / max(1, windows.num_bytes)
+    perplexity = (math.exp(mean) if mean < 700 else math.inf) if objective.has_perplexity else None
+    bits_per_byte = nats / math.log(2) / max(1, windows.num_bytes) if objective.scores_text else None
     return Evaluation(mean, perplexity, bits_per_byte, int(tokens), windows.num_bytes, scores)

@@ -1,4 +1,4 @@
-"""Lets a model write: from the separator and a prompt, one token at a time, until one that ends a text or a limit.
+"""Lets a model write: after a prompt or a conversation, one token at a time, until one that ends it or a limit.
 
 Knows a model and a tokenizer; nothing of runs, checkpoints or engines.
 """
@@ -6,7 +6,7 @@ Knows a model and a tokenizer; nothing of runs, checkpoints or engines.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from llm_dist.errors import UserError
 from llm_dist.model.attention import Cache
 from llm_dist.model.transformer import Transformer
 from llm_dist.tokenizer import Tokenizer
+from llm_dist.tokenizer_chat import Message, template_of
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer shows for the first bytes of a character whose last are yet to come."""
@@ -62,7 +63,7 @@ class Sampling:
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[Message],
     *,
     max_tokens: int = 100,
     temperature: float = 0.8,
@@ -71,33 +72,42 @@ def generate(
     seed: int = 0,
     on_text: Callable[[str], object] | None = None,
 ) -> Generated:
-    """Continue `prompt`; `on_text` gets the text in pieces as it comes.
+    """Continue `prompt`, or answer it where it is a conversation; `on_text` gets the text in pieces as it comes.
 
-    Ends before `max_tokens` at a token that ends a text, or where prompt and text fill `model.max_sequence_tokens`.
+    Ends before `max_tokens` at a token that ends a text or a message, or where prompt and text fill
+    `model.max_sequence_tokens`.
 
     Raises:
-        UserError: a value means nothing, or the prompt leaves no room.
+        UserError: a value means nothing, the prompt leaves no room, or the tokenizer has no form for conversations.
     """
     sampling = Sampling(temperature, top_k, top_p)
     sampling.check()
     if max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens} must be 1 or more")
-    prompt_ids = tokenizer.encode(prompt)
-    ids = [tokenizer.separator_id, *prompt_ids]
+    ids, end_ids = _opening(tokenizer, prompt)
     room = model.config.max_sequence_tokens - len(ids)
     if room < 1:
+        frame = "separator" if isinstance(prompt, str) else "form of conversations"
         raise UserError(
-            f"the prompt is {len(prompt_ids)} tokens long; with the separator before it and one token after it, "
+            f"the prompt is {len(ids)} tokens long with the {frame} around it; with one token after it, "
             f"it must fit model.max_sequence_tokens={model.config.max_sequence_tokens}; shorten it"
         )
-    text = _Text(tokenizer, prompt_ids, on_text)
+    text = _Text(tokenizer, ids, on_text)
     start = time.perf_counter()
     for next_id in continuation(model, ids, min(max_tokens, room), sampling, seed):
-        if next_id in tokenizer.end_ids:
+        if next_id in end_ids:
             break
         text.append(next_id)
     seconds = time.perf_counter() - start
     return Generated(text.finish(), len(text.ids), len(text.ids) / seconds)
+
+
+def _opening(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> tuple[list[int], frozenset[int]]:
+    """Ids to go on from, and those that end what follows."""
+    if isinstance(prompt, str):
+        return [tokenizer.separator_id, *tokenizer.encode(prompt)], tokenizer.end_ids
+    template = template_of(tokenizer)
+    return template.prompt(prompt), tokenizer.end_ids | template.end_ids
 
 
 def continuation(

@@ -37,8 +37,9 @@ class ChatIds(NamedTuple):
 class Template(Protocol):
     """The form that a tokenizer gives conversations; text of a message never becomes a special token."""
 
-    fingerprint: str | None
-    """Of the form; None for ChatML."""
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the form; None for ChatML."""
 
     @property
     def end_ids(self) -> frozenset[int]:

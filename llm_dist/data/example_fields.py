@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
+from llm_dist.data.documents import num_utf8_bytes
 from llm_dist.data.inputs import InputFile
 from llm_dist.errors import UserError
+
+TEXT_KEY, PAIR_KEY, LABEL_KEY = "data.text_column", "data.text_pair_column", "data.label_column"
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -22,6 +25,15 @@ class Field(NamedTuple):
     """Names that it may have where the user chose none."""
     position: int
     """Its column where there are no names and the user chose none; counted from the end if negative."""
+
+
+FieldsOf = Callable[[Sequence[str]], Sequence[Field]]
+"""What a row must have, where that depends on the names of its columns."""
+
+
+def fields_among(fields: Sequence[Field] | FieldsOf, names: Sequence[str]) -> Sequence[Field]:
+    """What a row with columns of these names must have."""
+    return fields(names) if callable(fields) else fields
 
 
 class Row(NamedTuple):
@@ -71,3 +83,20 @@ def chosen_columns(file: InputFile, names: Sequence[str], fields: Sequence[Field
 def _default_name(field: Field, name: str) -> str:
     """Capitals do not matter where the user chose no name."""
     return name.lower() if field.column is None else name
+
+
+def text_of(value: Any, at: str, what: str) -> str:
+    """`value` if it is text; `at` and `what` it is stand in the message.
+
+    Raises:
+        UserError: it is none, or empty.
+    """
+    if value is None or (isinstance(value, str) and (not value or value.isspace())):
+        raise UserError(f"{at}: {what} is empty; fill it in or leave the example out")
+    if not isinstance(value, str):
+        raise UserError(f"{at}: {what} is a {type(value).__name__}, not a string; name another column or mend it")
+    try:
+        num_utf8_bytes(value)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{at}: {what} is not valid Unicode ({error.reason}); mend it") from None
+    return value

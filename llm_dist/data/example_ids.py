@@ -1,6 +1,7 @@
 """Labelled examples to ids: `[cls] text [sep]`, `[cls] text [sep] pair [sep]` or `[cls] words [sep]`, each with labels.
 
-A word's tag stands at its first piece. Knows no files and no shards.
+A word's tag stands at its first piece. Conversations have the form that the tokenizer gives them, and the label
+"response" at what an assistant says. Knows no files and no shards.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from typing import NamedTuple
 from llm_dist.data.documents import num_utf8_bytes
 from llm_dist.data.examples import Example, Task
 from llm_dist.errors import UserError
+from llm_dist.rows import NOT_LABELLED
 from llm_dist.tokenizer import CLS, SEP, UNKNOWN, Tokenizer
+from llm_dist.tokenizer_chat import ChatError, Message, Template, template_of
 
-NOT_LABELLED = -100
-"""At every token that is not the first piece of a word."""
+RESPONSE = "response"
+"""The one label of conversations."""
 
 _BATCH_EXAMPLES, _BATCH_CHARACTERS = 1024, 1 << 18
 """Encoded at once; the runtime needs more than 100 bytes of memory per character."""
@@ -26,7 +29,7 @@ class Document(NamedTuple):
 
     ids: list[int]
     labels: list[int]
-    """One or, of tagged words, one per id."""
+    """One or, of tagged words and of conversations, one per id."""
     num_bytes: int
     """UTF-8 bytes of its texts; words count with spaces between them."""
 
@@ -46,6 +49,10 @@ def documents(
     Raises:
         UserError: a label that is not among `names`.
     """
+    if task == "instruct":
+        template = template_of(tokenizer)
+        yield from (_chats(batch, template, names.index(RESPONSE)) for batch in _batches(examples))
+        return
     encode = _classified if task == "classify" else _tagged
     label_ids = {name: id_ for id_, name in enumerate(names)}
     for batch in _batches(examples):
@@ -101,6 +108,22 @@ def _tagged(batch: Sequence[Example], labels: Sequence[list[int]], tokenizer: To
             tags += [tag, *[NOT_LABELLED] * (len(pieces) - 1)]
         made.append(Document([*ids, sep], [*tags, NOT_LABELLED], num_utf8_bytes(" ".join(example.texts))))
     return made
+
+
+def _chats(batch: Sequence[Example], template: Template, response_id: int) -> list[Document]:
+    chats = [list(map(Message, example.roles, example.texts)) for example in batch]
+    try:
+        encoded = template.encode(chats)
+    except ChatError as error:
+        raise UserError(f"{batch[error.number].where}: {error}") from None
+    return [
+        Document(
+            chat.ids,
+            [response_id if scored else NOT_LABELLED for scored in chat.is_scored],
+            sum(map(num_utf8_bytes, example.texts)),
+        )
+        for chat, example in zip(encoded, batch, strict=True)
+    ]
 
 
 def _spelled(words: Sequence[str], kind: str) -> list[str]:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-from llm_dist.data.example_fields import Field, Row, chosen_columns, lines_of
+from llm_dist.data.example_fields import Field, FieldsOf, Row, chosen_columns, fields_among, lines_of
 from llm_dist.data.inputs import InputFile
 from llm_dist.errors import UserError
 
@@ -14,12 +14,12 @@ _LONGEST_CSV_FIELD = 1 << 24
 """Characters; the limit of Python's csv, 131072, is shorter than some documents."""
 
 
-def delimited_rows(file: InputFile, stream: BinaryIO, fields: Sequence[Field]) -> Iterator[Row]:
+def delimited_rows(file: InputFile, stream: BinaryIO, wanted: Sequence[Field] | FieldsOf) -> Iterator[Row]:
     """Rows of a .tsv or .csv file, with or without a header."""
     rows = (_csv if file.format == "csv" else _tsv)(file, stream)
     if (first := next(rows, None)) is None:
         return
-    width = len(first[1])
+    width, fields = len(first[1]), fields_among(wanted, [name.strip() for name in first[1]])
     names = _header(first[1], fields)
     if names is None:
         positions = [field.position if field.column is None else int(field.column) for field in fields]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
-from llm_dist.data.example_fields import Field, Row, chosen_columns, lines_of
+from llm_dist.data.example_fields import Field, FieldsOf, Row, chosen_columns, fields_among, lines_of
 from llm_dist.data.example_lines import delimited_rows, sentence_rows
 from llm_dist.data.inputs import BrokenFileError, InputFile, naming, open_seekable, open_stream
 from llm_dist.errors import UserError
@@ -31,7 +31,7 @@ _Batches = tuple[Any, Callable[[Sequence[str]], Iterator[Any]]]
 """The schema, and what gives the batches of some columns."""
 
 
-def rows_of(file: InputFile, fields: Sequence[Field]) -> Iterator[Row]:
+def rows_of(file: InputFile, fields: Sequence[Field] | FieldsOf) -> Iterator[Row]:
     """Rows of one file, blank ones left out.
 
     Raises:
@@ -45,11 +45,13 @@ def rows_of(file: InputFile, fields: Sequence[Field]) -> Iterator[Row]:
         with open_stream(file) as stream:
             if file.format in TABLES:
                 yield from delimited_rows(file, stream, fields)
+            elif file.format == "jsonl":
+                yield from _json_lines(file, stream, fields)
             else:
-                yield from (_json_lines if file.format == "jsonl" else sentence_rows)(file, stream, fields)
+                yield from sentence_rows(file, stream, fields_among(fields, ()))
 
 
-def _json_lines(file: InputFile, stream: BinaryIO, fields: Sequence[Field]) -> Iterator[Row]:
+def _json_lines(file: InputFile, stream: BinaryIO, fields: Sequence[Field] | FieldsOf) -> Iterator[Row]:
     for number, line in lines_of(file, stream):
         if line.isspace():
             continue
@@ -61,19 +63,19 @@ def _json_lines(file: InputFile, stream: BinaryIO, fields: Sequence[Field]) -> I
             raise UserError(
                 f"{file.shown}: line {number}: a {type(record).__name__}, not a JSON object; mend or delete the line"
             )
-        yield Row(
-            "line", number, [record[name] for name in chosen_columns(file, list(record), fields, f": line {number}")]
-        )
+        names = list(record)
+        chosen = chosen_columns(file, names, fields_among(fields, names), f": line {number}")
+        yield Row("line", number, [record[name] for name in chosen])
 
 
-def _table(file: InputFile, stream: BinaryIO, fields: Sequence[Field]) -> Iterator[Row]:
+def _table(file: InputFile, stream: BinaryIO, fields: Sequence[Field] | FieldsOf) -> Iterator[Row]:
     """Rows of Parquet, or of Arrow as `datasets` saves it."""
     import pyarrow
 
     number = 0
     try:
         schema, batches = _parquet(stream) if file.format == "parquet" else _arrow(stream)
-        names = chosen_columns(file, schema.names, fields)
+        names = chosen_columns(file, schema.names, fields_among(fields, schema.names))
         class_names = [_class_names(schema.metadata or {}, name) for name in names]
         for batch in batches(names):
             columns = [batch.column(name) for name in names]

@@ -1,4 +1,4 @@
-"""Labelled examples of files, one after another, in bounded memory: texts with a class, or words with a tag each.
+"""Labelled examples of files, one after another, in bounded memory: texts with a class, words with tags, conversations.
 
 What is wrong with an example is one line that names its file, its line and the way out. Knows no tokenizer, no shards
 and no torch.
@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from llm_dist.data.documents import num_utf8_bytes
-from llm_dist.data.example_fields import Field, Row
+from llm_dist.data.example_chats import chat_fields, messages_of
+from llm_dist.data.example_fields import LABEL_KEY, PAIR_KEY, TEXT_KEY, Field, Row, text_of
 from llm_dist.data.example_rows import CONLL, RECORDS, TABLES, rows_of
 from llm_dist.data.inputs import PACKINGS, STANDARD_INPUT, InputFile, expand
 from llm_dist.errors import UserError
+from llm_dist.tokenizer_chat import Role
 
-Task = Literal["classify", "tag"]
+Task = Literal["classify", "tag", "instruct"]
 
 KNOWN: dict[Task, str] = {
     "classify": ".tsv, .csv, .jsonl, .parquet, .arrow or a folder saved by `datasets`",
     "tag": ".conll, .bio, .iob, .iob2, .txt, .jsonl, .parquet, .arrow or a folder saved by `datasets`",
+    "instruct": ".tsv, .csv, .jsonl, .parquet, .arrow or a folder saved by `datasets`",
 }
-TEXT_KEY, PAIR_KEY, LABEL_KEY = "data.text_column", "data.text_pair_column", "data.label_column"
 
 _KIND = {ending: "CoNLL" if ending in CONLL else f".{ending}" for ending in (*CONLL, *TABLES, *RECORDS)}
 _OUTSIDE = "O"
@@ -45,11 +46,13 @@ class Example:
     """What one document is made of."""
 
     texts: tuple[str, ...]
-    """A text, or a text and its pair, or words."""
+    """A text, or a text and its pair, or words, or the messages of a conversation."""
     labels: tuple[str, ...]
-    """One, or one per word."""
+    """One, or one per word; none of a conversation."""
     where: str
     """File, and the line (row in Parquet and Arrow) at which it begins."""
+    roles: tuple[Role, ...] = ()
+    """Who says each message of a conversation."""
 
 
 def read_examples(place: str, columns: Columns, task: Task) -> Iterator[Example]:
@@ -61,13 +64,21 @@ def read_examples(place: str, columns: Columns, task: Task) -> Iterator[Example]
     files = example_files(place, task)
     found = False
     for file in files:
-        fields = _fields(columns, task, file.format)
-        for row in rows_of(file, fields):
+        for example in _examples_of(file, columns, task):
             found = True
-            yield _pair(file, row, fields) if task == "classify" else _sentence(file, row)
+            yield example
     if not found:
         shown = ", ".join(file.shown for file in files[:3]) + (" ..." if len(files) > 3 else "")
         raise UserError(f"{shown}: holds no example; name a file with {KNOWN[task]} content")
+
+
+def _examples_of(file: InputFile, columns: Columns, task: Task) -> Iterator[Example]:
+    if task == "instruct":
+        yield from (_chat(file, row) for row in rows_of(file, chat_fields(*columns)))
+        return
+    fields = _fields(columns, task, file.format)
+    for row in rows_of(file, fields):
+        yield _pair(file, row, fields) if task == "classify" else _sentence(file, row)
 
 
 def example_files(place: str, task: Task) -> list[InputFile]:
@@ -91,9 +102,9 @@ def example_files(place: str, task: Task) -> list[InputFile]:
             f"{files[0].shown}: a table holds no words with tags; write one word, a tab and its tag per line in a "
             ".conll file, or lists in .jsonl, .parquet or .arrow"
         )
-    if task == "classify" and files[0].format in CONLL:
+    if task != "tag" and files[0].format in CONLL:
         raise UserError(
-            f"{files[0].shown}: a .{files[0].format} file holds words with tags, not texts to classify; those are "
+            f"{files[0].shown}: a .{files[0].format} file holds words with tags, not examples to {task}; those are "
             f"{KNOWN[task]}"
         )
     return files
@@ -121,13 +132,20 @@ def _fields(columns: Columns, task: Task, ending: str) -> list[Field]:
     return [*fields, Field(LABEL_KEY, columns.label, ("label", *more_labels), 1)]
 
 
+def _chat(file: InputFile, row: Row) -> Example:
+    """A conversation."""
+    messages = messages_of(file, row)
+    where = f"{file.name}: {row.unit} {row.number}"
+    return Example(tuple(each.content for each in messages), (), where, tuple(each.role for each in messages))
+
+
 def _pair(file: InputFile, row: Row, fields: list[Field]) -> Example:
     """A text, perhaps its pair, and their class."""
     at = f"{file.shown}: {row.unit} {row.number}"
     *texts, label = row.values
     named = zip(texts, fields, strict=False)
     return Example(
-        tuple(_text(text, at, f"the text ({field.key})") for text, field in named),
+        tuple(text_of(text, at, f"the text ({field.key})") for text, field in named),
         (_label(label, at),),
         f"{file.name}: {row.unit} {row.number}",
     )
@@ -149,22 +167,10 @@ def _sentence(file: InputFile, row: Row) -> Example:
         for place in range(len(words))
     ]
     return Example(
-        tuple(_text(word, where, f"the word ({TEXT_KEY})") for word, where in zip(words, of_words, strict=True)),
+        tuple(text_of(word, where, f"the word ({TEXT_KEY})") for word, where in zip(words, of_words, strict=True)),
         tuple(_tag(tag, where, _OUTSIDE in tags) for tag, where in zip(tags, of_words, strict=True)),
         f"{file.name}: {row.unit} {row.number}",
     )
-
-
-def _text(value: Any, at: str, what: str) -> str:
-    if value is None or (isinstance(value, str) and (not value or value.isspace())):
-        raise UserError(f"{at}: {what} is empty; fill it in or leave the example out")
-    if not isinstance(value, str):
-        raise UserError(f"{at}: {what} is a {type(value).__name__}, not a string; name another column or mend it")
-    try:
-        num_utf8_bytes(value)
-    except UnicodeEncodeError as error:
-        raise UserError(f"{at}: {what} is not valid Unicode ({error.reason}); mend it") from None
-    return value
 
 
 def _label(value: Any, at: str) -> str:

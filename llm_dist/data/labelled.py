@@ -1,7 +1,7 @@
 """Labelled examples as token shards with labels beside them, made in the cache once per content.
 
-A document per example, in the order of the files. `labels.npy` holds the id of each document's class, or of each
-token's tag. Knows no objective, no order and no torch.
+A document per example, in the order of the files. `labels.npy` holds the id of each document's class, of each token's
+tag, or 0 at each token of a response. Knows no objective, no order and no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_dist.data.example_ids import Document, documents, names_of
+from llm_dist.data.example_ids import RESPONSE, Document, documents, names_of
 from llm_dist.data.examples import Columns, Task, example_files, read_examples
 from llm_dist.data.folder import DATASET, DTYPES
 from llm_dist.data.inputs import content_of, naming
@@ -24,11 +24,12 @@ from llm_dist.data.output import UNFINISHED, BusyOutputError, Output, sync_file,
 from llm_dist.data.shards import ShardWriter, dtype_name
 from llm_dist.errors import UserError
 from llm_dist.tokenizer import FILES, Tokenizer, load
+from llm_dist.tokenizer_chat import template_of
 
 VERSION = 1
 """Of the rule that makes ids and labels of an example: another one makes other shards."""
 
-_PER: dict[Task, Per] = {"classify": "document", "tag": "token"}
+_PER: dict[Task, Per] = {"classify": "document", "tag": "token", "instruct": "token"}
 _WAIT_SECONDS = 0.2
 
 
@@ -49,7 +50,7 @@ def labelled_shards(
     Args:
         place: a file, folder or glob.
         columns: where texts and labels stand.
-        task: "classify", a label per document, or "tag", a label per word.
+        task: "classify", a label per document; "tag", a label per word; "instruct", a label where responses stand.
         tokenizer_folder: what makes ids of the texts.
         cache: several processes may share it.
         names: of the labels, in order of their ids; None: those that occur, sorted, `O` first.
@@ -58,6 +59,7 @@ def labelled_shards(
         UserError: an example that cannot be used, a label that is not among `names`; the cache cannot be written.
     """
     tokenizer = load(tokenizer_folder)
+    names = [RESPONSE] if task == "instruct" else names
     made_from = {
         "inputs": _contents(place, task),
         "tokenizer": tokenizer.fingerprint,
@@ -65,6 +67,7 @@ def labelled_shards(
         "task": task,
         "names": None if names is None else _distinct(names),
         "version": VERSION,
+        **({"template": template_of(tokenizer).fingerprint} if task == "instruct" else {}),
     }
     out = cache / "labelled" / hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
     job = _Job(place, columns, task, tokenizer, names, made_from)

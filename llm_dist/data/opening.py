@@ -84,7 +84,7 @@ def settled(run: Config, reading: Reading) -> Config:
 
 def _with_labels(run: Config, reading: Reading) -> Config:
     labels = reading.sources[0].shards.labels
-    if labels is None or not run.objective.is_labelled:
+    if labels is None or not run.objective.has_classes:
         return run
     return run.model_copy(update={"data": run.data.model_copy(update={"labels": list(labels.names)})})
 

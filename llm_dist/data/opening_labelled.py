@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
+
+import numpy as np
 
 from llm_dist.config import Config
-from llm_dist.data.examples import Columns
+from llm_dist.data.examples import Columns, Task, read_examples
 from llm_dist.data.folder import DATASET
 from llm_dist.data.index import ShardSet, open_shards
 from llm_dist.data.labelled import labelled_shards
@@ -24,6 +27,8 @@ def open_labelled(run: Config, key: str, place: str, names: Sequence[str] | None
         shards = open_shards(_folder(run, place, names))
         _check_labels(shards, names)
         _check_lengths(run, shards)
+        if run.objective.name == "instruct":
+            _check_responses(run, place, shards)
     except UserError as error:
         raise UserError(f"{key}={place}: {error}") from None
     return shards
@@ -56,9 +61,16 @@ def _folder(run: Config, place: str, names: Sequence[str] | None) -> Path:
         return Path(place)
     if run.data.tokenizer is None:
         raise UserError("labelled examples need a tokenizer; name its folder in data.tokenizer")
-    columns = Columns(run.data.text_column, run.data.text_pair_column, run.data.label_column)
-    task = cast(Literal["classify", "tag"], run.objective.name)
-    return labelled_shards(place, columns, task, run.data.tokenizer, Path(run.data.cache).expanduser(), names)
+    cache = Path(run.data.cache).expanduser()
+    return labelled_shards(place, _columns(run), _task(run), run.data.tokenizer, cache, names)
+
+
+def _columns(run: Config) -> Columns:
+    return Columns(run.data.text_column, run.data.text_pair_column, run.data.label_column)
+
+
+def _task(run: Config) -> Task:
+    return cast(Task, run.objective.name)
 
 
 def _check_labels(shards: ShardSet, names: Sequence[str] | None) -> None:
@@ -75,3 +87,20 @@ def _check_lengths(run: Config, shards: ShardSet) -> None:
             f"the longest example has {longest} tokens, more than data.sequence_tokens={room}; raise that, or set "
             'data.too_long="cut" to read only the beginning of such examples'
         )
+
+
+def _check_responses(run: Config, place: str, shards: ShardSet) -> None:
+    """Every example must have something to learn, also where it was cut."""
+    labels, starts = shards.labels, shards.document_starts(0, shards.num_tokens)
+    assert labels is not None and labels.per == "token"
+    ends = np.append(starts[1:], shards.num_tokens)
+    for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        read = labels.of_tokens(start, min(end - start, run.text_tokens))
+        if not (read[1:] >= 0).any():
+            where = f"example {number + 1}"
+            if not (Path(place) / DATASET).is_file():
+                where = next(islice(read_examples(place, _columns(run), _task(run)), number, None)).where
+            raise UserError(
+                f"{where}: no token of a response lies in the first data.sequence_tokens={run.text_tokens} tokens; "
+                "raise that, or leave the example out"
+            )

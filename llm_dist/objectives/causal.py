@@ -8,13 +8,13 @@ from torch import Tensor
 from llm_dist.batch import NOT_SCORED, Batch, LossSum
 from llm_dist.model.transformer import Transformer
 from llm_dist.objectives.objective import Unscored
-from llm_dist.rows import Rows
+from llm_dist.rows import NOT_LABELLED, Rows
 
 
 class Causal(Unscored):
     """Predict each token from those before it; where inputs are labelled, only those that a label marks."""
 
-    scores_text = True
+    scores_text = has_perplexity = True
 
     def __init__(self, z_loss: float = 0.0) -> None:
         self.z_loss = z_loss
@@ -29,6 +29,10 @@ class Causal(Unscored):
         if rows.num_scored is not None:
             is_padding = torch.arange(sequence_tokens) >= torch.from_numpy(rows.num_scored)[:, None]
             labels[:num_present][is_padding] = NOT_SCORED
+        if rows.targets is not None:  # what follows a position has its target one further, and the last has none
+            is_marked = torch.zeros(num_present, sequence_tokens, dtype=torch.bool)
+            is_marked[:, :-1] = torch.from_numpy(rows.targets[:, 1:] != NOT_LABELLED)
+            labels[:num_present][~is_marked] = NOT_SCORED
         if rows.document_ids is None:
             return Batch(input_ids, labels)
         documents = torch.zeros(num_rows, sequence_tokens, dtype=torch.int64)

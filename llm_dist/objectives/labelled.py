@@ -23,7 +23,7 @@ TRIMMED_TO = 16
 class Labelled:
     """Part of objectives that learn classes from labels that people gave."""
 
-    scores_text = False
+    scores_text = has_perplexity = False
 
     def __init__(self, run: config.Config, tokenizer: Tokenizer, weights: Sequence[float] | None) -> None:
         self._is_causal, self._pad_id = run.model.is_causal, tokenizer.pad_id
@@ -48,8 +48,7 @@ class Labelled:
     def unlabelled(self, rows: Rows, num_rows: int) -> tuple[Batch, Tensor]:
         """The rows, without labels, and their lengths [num_rows]."""
         num_tokens = rows.scored_tokens().astype(np.int64)
-        longest = int(num_tokens.max(initial=1))
-        length = min(rows.inputs.shape[1], -(-longest // TRIMMED_TO) * TRIMMED_TO)
+        length = trimmed_tokens(rows)
         ids = np.where(np.arange(length) < num_tokens[:, None], rows.inputs[:, :length], self._pad_id)
         documents = (np.arange(length) >= num_tokens[:, None]).astype(np.int64)
         batch = Batch(filled(ids, num_rows, self._pad_id), torch.empty(0), filled(documents, num_rows, 0))
@@ -58,3 +57,9 @@ class Labelled:
             segments = np.minimum(behind, 1) * (1 - documents)
             batch = replace(batch, segment_ids=filled(segments, num_rows, 0))
         return batch, filled(num_tokens, num_rows, 1)
+
+
+def trimmed_tokens(rows: Rows) -> int:
+    """Length of a batch of the rows."""
+    longest = int(rows.scored_tokens().max(initial=1))
+    return min(int(rows.inputs.shape[1]), -(-longest // TRIMMED_TO) * TRIMMED_TO)

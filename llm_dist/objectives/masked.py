@@ -32,7 +32,7 @@ class Framed(NamedTuple):
 class Masked:
     """Predict the hidden tokens of [cls] text [sep]."""
 
-    scores_text = False
+    scores_text = has_perplexity = False
     num_counts = 2
 
     def __init__(self, run: config.Config, tokenizer: Tokenizer) -> None:

@@ -21,7 +21,9 @@ class Objective(Protocol):
     """The ends of learning."""
 
     scores_text: bool
-    """Whether every token of a text is scored once, so that the loss is one of the text: perplexity, bits per byte."""
+    """Whether every token of a text is scored once, so that the loss is one of the text: bits per byte."""
+    has_perplexity: bool
+    """Whether tokens are predicted from all that stands before them."""
     num_counts: int
     """How many numbers `count` gives."""
 

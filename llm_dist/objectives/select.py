@@ -8,6 +8,7 @@ from pathlib import Path
 from llm_dist import config, tokenizer
 from llm_dist.objectives.causal import Causal
 from llm_dist.objectives.classify import Classify
+from llm_dist.objectives.instruct import Instruct
 from llm_dist.objectives.masked import Masked
 from llm_dist.objectives.objective import Objective
 from llm_dist.objectives.paired import Paired
@@ -21,8 +22,10 @@ def build(run: config.Config, tokenizer_folder: Path, class_weights: Sequence[fl
         UserError: the tokenizer's folder is damaged.
     """
     match run.objective.name:
-        case "causal" | "instruct":
+        case "causal":
             return Causal(run.objective.z_loss)
+        case "instruct":
+            return Instruct(run.objective.z_loss)
         case "masked":
             return Masked(run, tokenizer.load(tokenizer_folder))
         case "masked_nsp" | "masked_sop":

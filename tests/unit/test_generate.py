@@ -93,7 +93,7 @@ def test_never_longer_than_the_model_s_sequence():
     result = generate(model, Letters(), "abcd", max_tokens=100, temperature=0)
     assert result.tokens <= 12 - 5
     assert generate(model, Letters(), "a" * 10, temperature=0).tokens <= 1
-    with pytest.raises(UserError, match=r"11 tokens long.*model\.max_sequence_tokens=12"):
+    with pytest.raises(UserError, match=r"12 tokens long.*model\.max_sequence_tokens=12"):
         generate(model, Letters(), "a" * 11)
 
 
