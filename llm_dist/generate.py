@@ -16,7 +16,8 @@ from llm_dist.errors import UserError
 from llm_dist.model.attention import Cache
 from llm_dist.model.transformer import Transformer
 from llm_dist.tokenizer import Tokenizer
-from llm_dist.tokenizer_chat import Message, template_of
+from llm_dist.tokenizer_chat import Message
+from llm_dist.tokenizer_template import template_of
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer shows for the first bytes of a character whose last are yet to come."""

@@ -1,18 +1,17 @@
 """Chats to ids: what a model reads of a conversation, and which tokens of it a model that answers learns.
 
-A tokenizer that brings a chat template has its own form (`tokenizer_template`). Others have ChatML: the separator, then
+A tokenizer that brings a chat template has its own form (`tokenizer_template`); others have ChatML: the separator, then
 `<|im_start|>ROLE`, a line break, the content, `<|im_end|>` and a line break for each message. Knows no files of
 examples, no shards, no models and no torch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol, get_args
 
 from llm_dist.errors import UserError
-from llm_dist.tokenizer import HUGGING_FACE_FILE, SPECIAL_TOKENS, Tokenizer
+from llm_dist.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -67,39 +66,6 @@ class ChatError(UserError):
         super().__init__(mistake)
         self.number = number
         """Of the conversation among those that were given, from 0."""
-
-
-def template_of(tokenizer: Tokenizer) -> Template:
-    """The form in which the tokenizer's model reads conversations.
-
-    Raises:
-        UserError: it has none, or one that cannot be read.
-    """
-    path = tokenizer.folder / HUGGING_FACE_FILE
-    keys = json.loads(path.read_text(encoding="utf-8"))
-    written = keys.get("chat_template")
-    if isinstance(written, list):  # several, by name
-        written = next((each["template"] for each in written if each["name"] == "default"), None)
-    if isinstance(written, str):
-        from llm_dist.tokenizer_template import WrittenTemplate
-
-        return WrittenTemplate(tokenizer, written, _special_names(keys))
-    if not {IM_START, IM_END} <= tokenizer.special_ids.keys():
-        raise UserError(
-            f"{tokenizer.folder}: the tokenizer has neither a chat template nor {IM_START} and {IM_END}, so it has no "
-            f'form for prompts and responses; give one as "chat_template" in its {HUGGING_FACE_FILE}'
-        )
-    return ChatML(tokenizer)
-
-
-def _special_names(keys: dict[str, object]) -> dict[str, str]:
-    """What templates call some tokens: bos_token, eos_token."""
-    contents = {
-        name: value.get("content") if isinstance(value, dict) else value
-        for name, value in keys.items()
-        if name.endswith("_token")
-    }
-    return {name: content for name, content in contents.items() if isinstance(content, str)}
 
 
 class ChatML:

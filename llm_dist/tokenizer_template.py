@@ -1,4 +1,4 @@
-"""The chat template that a tokenizer brings, rendered as `transformers` renders it, to the same ids.
+"""The form of a tokenizer's conversations: its chat template, rendered as `transformers` renders it, to the same ids.
 
 What an assistant says is found by rendering the conversation up to it and through it: the one must begin the other.
 The clock is not given to templates, so that equal conversations have equal ids on every day. Knows no files of
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from llm_dist.errors import UserError
 from llm_dist.tokenizer import DEFINITION_FILE, HUGGING_FACE_FILE, Tokenizer
-from llm_dist.tokenizer_chat import ChatError, ChatIds, Message
+from llm_dist.tokenizer_chat import IM_END, IM_START, ChatError, ChatIds, ChatML, Message, Template
 
 if TYPE_CHECKING:
     from jinja2 import Template as Compiled
@@ -28,6 +28,37 @@ _PRIVATE = range(0xE000, 0xF900)
 _MOST_SHOWN = 200
 
 Range = tuple[int, int]
+
+
+def template_of(tokenizer: Tokenizer) -> Template:
+    """The form in which the tokenizer's model reads conversations.
+
+    Raises:
+        UserError: it has none, or one that cannot be read.
+    """
+    path = tokenizer.folder / HUGGING_FACE_FILE
+    keys = json.loads(path.read_text(encoding="utf-8"))
+    written = keys.get("chat_template")
+    if isinstance(written, list):  # several, by name
+        written = next((each["template"] for each in written if each["name"] == "default"), None)
+    if isinstance(written, str):
+        return WrittenTemplate(tokenizer, written, _special_names(keys))
+    if not {IM_START, IM_END} <= tokenizer.special_ids.keys():
+        raise UserError(
+            f"{tokenizer.folder}: the tokenizer has neither a chat template nor {IM_START} and {IM_END}, so it has no "
+            f'form for prompts and responses; give one as "chat_template" in its {HUGGING_FACE_FILE}'
+        )
+    return ChatML(tokenizer)
+
+
+def _special_names(keys: dict[str, object]) -> dict[str, str]:
+    """What templates call some tokens: bos_token, eos_token."""
+    contents = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in keys.items()
+        if name.endswith("_token")
+    }
+    return {name: content for name, content in contents.items() if isinstance(content, str)}
 
 
 class _Rendered(NamedTuple):

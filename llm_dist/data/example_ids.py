@@ -14,7 +14,8 @@ from llm_dist.data.examples import Example, Task
 from llm_dist.errors import UserError
 from llm_dist.rows import NOT_LABELLED
 from llm_dist.tokenizer import CLS, SEP, UNKNOWN, Tokenizer
-from llm_dist.tokenizer_chat import ChatError, Message, Template, template_of
+from llm_dist.tokenizer_chat import ChatError, Message, Template
+from llm_dist.tokenizer_template import template_of
 
 RESPONSE = "response"
 """The one label of conversations."""

@@ -24,7 +24,7 @@ from llm_dist.data.output import UNFINISHED, BusyOutputError, Output, sync_file,
 from llm_dist.data.shards import ShardWriter, dtype_name
 from llm_dist.errors import UserError
 from llm_dist.tokenizer import FILES, Tokenizer, load
-from llm_dist.tokenizer_chat import template_of
+from llm_dist.tokenizer_template import template_of
 
 VERSION = 1
 """Of the rule that makes ids and labels of an example: another one makes other shards."""
