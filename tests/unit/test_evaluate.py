@@ -12,6 +12,7 @@ from llm_dist.data.holdout import HoldoutWindows
 from llm_dist.data.index import open_shards
 from llm_dist.evaluate import evaluate
 from llm_dist.objectives.causal import Causal
+from llm_dist.objectives.instruct import Instruct
 from llm_dist.tokenizer_training import train
 from tests.unit.data.tiny_shards import write_shards
 
@@ -105,3 +106,25 @@ def test_a_perplexity_beyond_numbers_is_infinite(shards):
         return LossSum(torch.tensor(1e9), torch.tensor(1), torch.zeros(()))
 
     assert evaluate(hopeless, Causal(), HoldoutWindows(opened, 16), OneOf(0, 1)).perplexity == math.inf
+
+
+def test_where_responses_alone_are_scored_bits_of_the_text_are_unknown(shards):
+    opened, _ = shards
+    windows = HoldoutWindows(opened, 16)
+    result = evaluate(nats_by_label, Instruct(), Marked(windows), OneOf(0, 1))
+    assert result.perplexity == pytest.approx(math.exp(result.loss_nats)) and result.bits_per_byte is None
+    assert result.tokens == 3 * windows.num_windows
+    assert result.words().endswith(f"perplexity {result.perplexity:.2f}")
+
+
+class Marked:
+    """Windows in which three tokens are those of a response."""
+
+    def __init__(self, windows):
+        self._windows, self.num_windows, self.num_bytes = windows, windows.num_windows, windows.num_bytes
+
+    def rows(self, chosen):
+        rows = self._windows.rows(chosen)
+        targets = np.full(rows.inputs.shape, -100)
+        targets[:, 1:4] = 0
+        return rows._replace(num_scored=None, targets=targets)

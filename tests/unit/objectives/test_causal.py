@@ -13,8 +13,9 @@ from llm_dist.batch import NOT_SCORED
 from llm_dist.model.init import initialize
 from llm_dist.model.transformer import Transformer
 from llm_dist.objectives.causal import Causal, positions_in_documents
+from llm_dist.objectives.instruct import Instruct
 from llm_dist.objectives.objective import Trainee
-from llm_dist.rows import Rows
+from llm_dist.rows import NOT_LABELLED, Rows
 
 MODEL = config.Model(layers=1, d_model=8, heads=2, d_ff=16, max_sequence_tokens=16, vocabulary_multiple=1)
 
@@ -53,6 +54,32 @@ def test_padding_is_not_scored() -> None:
     assert (batch.labels != NOT_SCORED).sum(dim=1).tolist() == [5, 2, 0, 0]
     assert (batch.labels[1, :2] != NOT_SCORED).all()
     assert batch.num_valid() == 7
+
+
+def test_a_position_is_scored_where_what_follows_is_marked() -> None:
+    targets = np.full((2, 5), NOT_LABELLED)
+    targets[0, [0, 2, 3]] = targets[1, 3] = 0
+    given_rows = rows(2, num_scored=np.array([5, 4]), targets=targets)
+    batch = Causal().make_batch(given_rows, 3)
+
+    scored = batch.labels != NOT_SCORED
+    assert scored.tolist() == [
+        [False, True, True, False, False],
+        [False, False, True, False, False],
+        [False] * 5,
+    ]
+    assert batch.labels[0, 1:3].tolist() == given_rows.inputs[0, 2:4].tolist()
+
+
+def test_responses_make_batches_as_long_as_they_are() -> None:
+    targets = np.full((2, 40), NOT_LABELLED)
+    targets[0, :17] = targets[1, :3] = 0
+    given_rows = rows(2, 40, num_scored=np.array([17, 3]), targets=targets)
+    batch = Instruct().make_batch(given_rows, 2)
+
+    assert batch.input_ids.tolist() == given_rows.inputs[:, :32].tolist()
+    assert (batch.labels != NOT_SCORED).sum(1).tolist() == [16, 2]
+    assert (Instruct.scores_text, Instruct.has_perplexity) == (False, True)
 
 
 def test_absent_rows_are_not_scored() -> None:
