@@ -14,8 +14,8 @@ from llm_dist.data.opening_labelled import tokenizer_of
 from llm_dist.data.places import is_url
 from llm_dist.data.remote import remote_dataset
 from llm_dist.model.size import GPU
-from llm_dist.tokenizer import read_description
 from llm_dist.plan import USABLE_MEMORY, Plan, make_plan, memory_of
+from llm_dist.tokenizer import read_description
 
 MAX_SUGGESTED_RANKS = 16_384
 
