@@ -212,6 +212,21 @@ def _dotted_attributes(module: Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, name
 
 
+def loop_breaches(modules: Iterable[Module]) -> list[str]:
+    """A second training loop: who but the loop asks for a step, or but an engine goes backward or updates."""
+    found = []
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            called = ast.unparse(node.func)
+            is_step = called.endswith(".train_step") and module.name != "llm_dist.train.loop"
+            is_update = called.endswith((".backward", "optimizer.step")) and module.room != "engine"
+            if is_step or is_update:
+                found.append(f"{module.path}:{node.lineno}: {called} trains; there is one loop, llm_dist/train/loop.py")
+    return found
+
+
 def rank_breaches(modules: Iterable[Module]) -> list[str]:
     """Rooms other than `runtime` that read a rank from the environment; `launcher` may set one."""
     found = []
