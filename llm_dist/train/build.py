@@ -101,21 +101,25 @@ def _fill(run: config.Config, data: DataFolders, report: Callable[[str], None]) 
         return at_random
     source = Path(run.init.source)
     if not is_hugging_face(source):
-        return _fill_from(source, run, data.any_shards.vocabulary_tokens, report)
+        return _fill_from(source, run, data.any_shards, report)
     own = tokenizer.load(data.any_shards.tokenizer_folder)
     return fill_from_hugging_face(source, run.model, run.heads, own, at_random, report)
 
 
-def _fill_from(
-    source: Path, run: config.Config, vocabulary_tokens: int, report: Callable[[str], None]
-) -> FillParameter:
+def _fill_from(source: Path, run: config.Config, shards: ShardSet, report: Callable[[str], None]) -> FillParameter:
     """Weights of the checkpoint, or of the latest one of the run folder, that `init.from` names."""
     try:
         found = layout.find(source)
     except UserError as error:
         raise UserError(f"init.from: {error}") from None
+    own_tokenizer = found.folder.parent.parent / "tokenizer"
+    if own_tokenizer.is_dir() and tokenizer.load(own_tokenizer).fingerprint != shards.tokenizer_fingerprint:
+        raise UserError(
+            f"init.from={source}: the tokenizer does not fit the checkpoint: {shards.folder} was made with another "
+            f"one; tokenize with {own_tokenizer}"
+        )
     weights, at_random = read_parameters(found.folder), _fill_at_random(run)
-    shapes = parameter_shapes(run.model, vocabulary_tokens, run.heads)
+    shapes = parameter_shapes(run.model, shards.vocabulary_tokens, run.heads)
     new = new_heads(source, shapes, {name: tuple(weight.shape) for name, weight in weights.items()}, report)
 
     def fill(name: str, shape: torch.Size) -> Tensor:
