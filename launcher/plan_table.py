@@ -18,7 +18,8 @@ def render(config: Config, plan: Plan, suggestion: str | None) -> str:
 
 
 def _model(config: Config, plan: Plan) -> Iterator[tuple[str, str]]:
-    yield "parameters", f"{count_in_words(plan.num_parameters)} (vocabulary {plan.vocabulary_tokens:,})"
+    trained = "" if plan.num_trained == plan.num_parameters else f", {count_in_words(plan.num_trained)} of them trained"
+    yield "parameters", f"{count_in_words(plan.num_parameters)} (vocabulary {plan.vocabulary_tokens:,}){trained}"
     yield "FLOPs per token", f"{plan.flops_per_token:.3g} (causal {plan.flops_per_token_causal:.3g})"
     yield "Hugging Face", plan.hugging_face or f"not exportable: {plan.not_exportable}"
     epochs = "" if plan.epochs is None else f", {plan.epochs:.2f} epochs"

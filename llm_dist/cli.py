@@ -296,6 +296,7 @@ def export(
     checkpoint: Checkpoint,
     out: Out,
     dtype: Annotated[Precision, typer.Option(help="Of the exported weights.")] = "fp32",
+    adapter: Annotated[bool, typer.Option("--adapter", help="Only what lora.rank trained, as PEFT reads it.")] = False,
     step: Step = None,
     best: Best = False,
     as_json: Json = False,
@@ -305,7 +306,8 @@ def export(
     def work() -> Any:
         from llm_dist import trained
 
-        return trained.export_to(trained.find(checkpoint, step, best), out, dtype)
+        found = trained.find(checkpoint, step, best)
+        return trained.export_adapter_to(found, out) if adapter else trained.export_to(found, out, dtype)
 
     _finish(work, as_json)
 

@@ -10,12 +10,14 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self, cast
 
 from pydantic import ValidationError, model_validator
 
 from llm_dist.config_fields import OnResume, Section
+from llm_dist.config_lora import ADAPTER, NEW_HEADS, Lora
 from llm_dist.config_model import LANGUAGE, FeedForwardKind, Heads, Model, RopeScaling
 from llm_dist.config_sections import (
     BatchSize,
@@ -48,6 +50,7 @@ __all__ = [
     "Init",
     "LANGUAGE",
     "Log",
+    "Lora",
     "Model",
     "Objective",
     "OnResume",
@@ -82,6 +85,7 @@ class Config(Section):
     log: Log = Log()
     objective: Objective = Objective()
     init: Init = Init()
+    lora: Lora = Lora()
     plan: Plan = Plan()
 
     @model_validator(mode="after")
@@ -117,6 +121,10 @@ class Config(Section):
     def _engine_can_freeze(self) -> Self:
         if self.optim.frozen and self.engine.name == "zero":
             raise ValueError('optim.frozen needs engine.name="plain" or "fsdp"; ZeRO updates whole flat buffers')
+        if self.lora.rank is not None and self.engine.name == "zero":
+            raise ValueError('lora.rank needs engine.name="plain" or "fsdp"; ZeRO updates whole flat buffers')
+        if self.lora.rank is not None and self.init.source is None:
+            raise ValueError("lora.rank needs init.from: updates are small changes of a model that has learnt")
         return self
 
     @model_validator(mode="after")
@@ -140,6 +148,17 @@ class Config(Section):
         if objective.num_frame_tokens and self.text_tokens < 2:
             raise ValueError(f"data.sequence_tokens={self.data.sequence_tokens} leaves no room for text; raise it")
         return self
+
+    def trains(self, parameter: str) -> bool:
+        """Whether the parameter of this name changes in training."""
+        if any(fnmatchcase(parameter, pattern) for pattern in self.optim.frozen):
+            return False
+        return self.lora.rank is None or ADAPTER in parameter or parameter.startswith(NEW_HEADS)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a step draws random numbers."""
+        return self.model.dropout > 0 or (self.lora.rank is not None and self.lora.dropout > 0)
 
     @property
     def schedule_steps(self) -> int:

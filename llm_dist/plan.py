@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from math import ceil, isqrt
+from math import ceil, isqrt, prod
 from typing import Any
 
 from llm_dist import plan_memory
@@ -82,6 +82,8 @@ class Plan:
     """All that is known of a run before it starts."""
 
     num_parameters: int
+    num_trained: int
+    """Parameters that change; the others are frozen."""
     vocabulary_tokens: int
     hugging_face: str | None
     """Class the model exports to; None where it cannot be exported."""
@@ -141,9 +143,11 @@ def make_plan(
         config.scored_tokens / config.data.sequence_tokens,
     )
     again = {"none": 1.0, "selective": 1.0, "full": 4 / 3}[config.engine.recompute]  # a second forward pass
+    shapes = size.parameter_shapes(model, vocabulary_tokens, config.heads, config.lora)
     flops_of_run = flops.full * again * tokens / (1 - rows.waste)
     return Plan(
-        num_parameters=size.num_parameters(model, vocabulary_tokens, config.heads).total,
+        num_parameters=sum(map(prod, shapes.values())),
+        num_trained=sum(prod(shape) for name, shape in shapes.items() if config.trains(name)),
         vocabulary_tokens=vocabulary_tokens,
         hugging_face=hugging_face_class(model, config.heads),
         not_exportable=why_not_exportable(model, config.heads),
@@ -267,8 +271,10 @@ def traffic_bytes(config: Config, vocabulary_tokens: int, ranks: int) -> int:
     do the replicas of hybrid sharding.
     """
     engine, group = config.engine, shard_ranks(config, ranks)
-    total = size.num_parameters(config.model, vocabulary_tokens).total
-    gradients, weights = 4 * total, (2 if engine.precision == "bf16" else 4) * total
+    shapes = size.parameter_shapes(config.model, vocabulary_tokens, config.heads, config.lora)
+    total = sum(map(prod, shapes.values()))
+    trained = sum(prod(shape) for name, shape in shapes.items() if config.trains(name))
+    gradients, weights = 4 * trained, (2 if engine.precision == "bf16" else 4) * total
     count = make_rows(config, ranks).num_micro_batches
     within = (group - 1) / group
     if engine.name == "fsdp":

@@ -13,6 +13,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from llm_dist.config import Config
+from llm_dist.config_lora import ADAPTER
 from llm_dist.model import size
 from llm_dist.model.size import ACTIVATION_BYTES, FP32_BYTES, GPU, HeadBytes, Machine
 
@@ -83,6 +84,20 @@ class _Sizes(NamedTuple):
         return sum(map(prod, self.shapes.values()))
 
     @property
+    def trained(self) -> int:
+        """Elements that have gradients and moments."""
+        return sum(prod(shape) for name, shape in self.shapes.items() if self.config.trains(name))
+
+    @property
+    def trained_in_block(self) -> int:
+        return (self.trained - self.trained_outside) // self.config.model.layers
+
+    @property
+    def trained_outside(self) -> int:
+        outside = (name for name in self.shapes if not name.startswith("blocks.") and self.config.trains(name))
+        return sum(prod(self.shapes[name]) for name in outside)
+
+    @property
     def in_blocks(self) -> int:
         return sum(prod(shape) for name, shape in self.shapes.items() if name.startswith("blocks."))
 
@@ -91,8 +106,8 @@ class _Sizes(NamedTuple):
         return self.in_blocks // self.config.model.layers
 
     @property
-    def embedding(self) -> int:
-        return prod(self.shapes["embedding.weight"])
+    def trained_embedding(self) -> int:
+        return prod(self.shapes["embedding.weight"]) if self.config.trains("embedding.weight") else 0
 
     @property
     def weight_bytes(self) -> int:
@@ -119,18 +134,25 @@ def memory_of(
         machine: whose kernels compute.
     """
     num_micro_batches, rows = dealing
-    shapes = size.parameter_shapes(config.model, vocabulary_tokens, config.heads)
+    shapes = size.parameter_shapes(config.model, vocabulary_tokens, config.heads, config.lora)
     sizes = _Sizes(config, shapes, ranks, group, num_micro_batches > 1, machine)
     held = _engine(config)(sizes)
     computed = (config.model, rows, config.data.sequence_tokens, config.engine.precision, config.engine.recompute)
-    saved = size.saved_activation_bytes(*computed, machine)
+    saved = size.saved_activation_bytes(*computed, machine) + _adapter_bytes(config, shapes, rows)
     kept_of_block = size.block_activation_bytes(*computed, machine)
     backward = size.backward_block_bytes(*computed, machine)
     weight_is_fp32 = config.engine.name == "plain"
     head = HeadBytes(0, 0)
     if config.heads.language:
         scored = (rows, config.scored_tokens, config.engine.precision)
-        head = size.head_bytes(config.model, vocabulary_tokens, *scored, machine, weight_is_fp32=weight_is_fp32)
+        head = size.head_bytes(
+            config.model,
+            vocabulary_tokens,
+            *scored,
+            machine,
+            weight_is_fp32=weight_is_fp32,
+            weight_is_trained=config.trains("embedding.weight" if config.model.tied_head else "head.weight"),
+        )
     moments = (
         held.in_loss + saved + head.kept + head.transient,
         held.in_last_block + saved + head.kept + max(backward, held.after_block),
@@ -151,6 +173,15 @@ def memory_of(
     )
 
 
+def _adapter_bytes(config: Config, shapes: dict[str, size.Shape], rows: int) -> int:
+    """What low-rank updates keep: what stands between their two products, and their inputs where some are left out."""
+    if config.engine.recompute != "none":
+        return 0
+    downs = [shape for name, shape in shapes.items() if name.endswith(f"{ADAPTER}down")]
+    per_token = sum(rank + (inputs if config.lora.dropout else 0) for rank, inputs in downs)
+    return rows * config.data.sequence_tokens * per_token * ACTIVATION_BYTES[config.engine.precision]
+
+
 def _engine(config: Config) -> Callable[[_Sizes], _Held]:
     if config.engine.name == "plain":
         return _plain
@@ -164,41 +195,44 @@ def _plain(sizes: _Sizes) -> _Held:
     config, total = sizes.config, FP32_BYTES * sizes.total
     of_block = sizes.one_block * ACTIVATION_BYTES["bf16"] if config.engine.precision == "bf16" else 0
     casts = of_block * config.model.layers if config.engine.recompute == "none" else 0
-    buckets = total if sizes.ranks > 1 else 0
-    waiting = total if sizes.accumulates else 0
-    last = FP32_BYTES * sizes.embedding  # computed whole, then added to what is there
-    arrived = max(waiting, 0 if buckets else total - last - FP32_BYTES * sizes.one_block)
+    gradients = FP32_BYTES * sizes.trained
+    buckets = gradients if sizes.ranks > 1 else 0
+    waiting = gradients if sizes.accumulates else 0
+    last = FP32_BYTES * sizes.trained_embedding  # computed whole, then added to what is there
+    arrived = max(waiting, 0 if buckets else gradients - last - FP32_BYTES * sizes.trained_in_block)
     return _Held(
         weights=total,
-        optimizer=total * MOMENTS[config.optim.name],
-        gradients=buckets + waiting or total,
+        optimizer=gradients * MOMENTS[config.optim.name],
+        gradients=buckets + waiting or gradients,
         staying_gradients=buckets,
         in_loss=buckets + waiting + casts,
         in_last_block=buckets + waiting + max(casts, of_block),
         in_first_block=buckets + arrived + of_block,
-        in_update=max(total, buckets + waiting + (last if buckets or waiting else 0)),
+        in_update=max(gradients, buckets + waiting + (last if buckets or waiting else 0)),
     )
 
 
 def _fsdp(sizes: _Sizes) -> _Held:
     """Blocks are gathered one ahead; what lies outside them stays gathered and is reduced after all others."""
-    own = sum(ceil(shape[0] / sizes.group) * prod(shape[1:]) for shape in sizes.shapes.values())
+    own = {name: ceil(shape[0] / sizes.group) * prod(shape[1:]) for name, shape in sizes.shapes.items()}
     outside, block = sizes.total - sizes.in_blocks, sizes.one_block
-    held, gradients = FP32_BYTES * own, FP32_BYTES * own
+    trained_block, trained_outside = sizes.trained_in_block, sizes.trained_outside
+    held = FP32_BYTES * sum(own.values())
+    gradients = FP32_BYTES * sum(elements for name, elements in own.items() if sizes.config.trains(name))
     waiting = gradients if sizes.accumulates else 0
     reduced = sizes.weight_bytes + FP32_BYTES * (2 if sizes.machine.is_cpu else 1)  # gloo reduces a copy
     gathered = sizes.weight_bytes * (outside + 2 * block)
-    overlapping = 0 if sizes.machine.is_cpu else reduced * block  # a GPU computes the next block meanwhile
+    overlapping = 0 if sizes.machine.is_cpu else reduced * trained_block  # a GPU computes the next block meanwhile
     return _Held(
         weights=held,
-        optimizer=held * MOMENTS[sizes.config.optim.name],
+        optimizer=gradients * MOMENTS[sizes.config.optim.name],
         gradients=gradients,
         staying_gradients=0,
         in_loss=waiting + gathered - sizes.weight_bytes * block,
         in_last_block=waiting + gathered + overlapping,
         in_first_block=gradients + gathered + overlapping,
-        in_update=waiting + gradients + (sizes.weight_bytes + reduced) * outside,
-        after_block=0 if overlapping else reduced * block,
+        in_update=waiting + gradients + sizes.weight_bytes * outside + reduced * trained_outside,
+        after_block=0 if overlapping else reduced * trained_block,
     )
 
 

@@ -20,9 +20,11 @@ from llm_dist.data.index import ShardSet
 from llm_dist.data.opening import held_out
 from llm_dist.errors import UserError
 from llm_dist.evaluate import Evaluation, evaluate
+from llm_dist.exchange.adapter import export_adapter
 from llm_dist.exchange.export import export
 from llm_dist.exchange.load import HuggingFaceModel, is_hugging_face, open_folder
 from llm_dist.exchange.prepare import run_of
+from llm_dist.model.adapters import merged
 from llm_dist.model.size import parameter_shapes
 from llm_dist.model.transformer import Transformer
 from llm_dist.objectives import select as objectives
@@ -47,9 +49,9 @@ class Trained:
     """The folder of theirs that stands for a checkpoint."""
 
     def parameters(self) -> dict[str, Tensor]:
-        """Every parameter by name, full, fp32, verified."""
+        """Every parameter by name, full, fp32, verified; low-rank updates are in the weights."""
         if self.hugging_face is None:
-            return read_parameters(self.folder)
+            return merged(read_parameters(self.folder), self.run.lora)
         names = parameter_shapes(self.run.model, self.tokenizer.vocabulary_tokens, self.run.heads)
         return {name: self.hugging_face.parameter(name) for name in names}
 
@@ -147,6 +149,19 @@ def export_to(trained: Trained, out: Path, dtype: Precision) -> Exported:
         end_id=min(trained.tokenizer.end_ids - {trained.tokenizer.separator_id}, default=None),
     )
     return Exported(str(out), trained.step, str(name), dtype)
+
+
+def export_adapter_to(trained: Trained, out: Path) -> Exported:
+    """Write the low-rank updates of the checkpoint, and the heads trained beside them, as a folder of PEFT's.
+
+    Raises:
+        UserError: the run has none, no class of `transformers` computes its model, or `out` is in use.
+    """
+    if trained.run.lora.rank is None:
+        raise UserError(f"{trained.folder} has no adapter: its run did not set lora.rank; leave --adapter out")
+    weights = read_parameters(trained.folder)
+    name = export_adapter(weights, trained.run, out, trained.tokenizer.special_ids)
+    return Exported(str(out), trained.step, name, "fp32")
 
 
 def _device() -> torch.device:

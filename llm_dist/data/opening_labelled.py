@@ -62,9 +62,8 @@ def _folder(run: Config, place: str, names: Sequence[str] | None) -> Path:
     tokenizer = tokenizer_of(run)
     if tokenizer is None:
         raise UserError("labelled examples need a tokenizer; name its folder in data.tokenizer")
-<<<<<<< HEAD
     cache = Path(run.data.cache).expanduser()
-    return labelled_shards(place, _columns(run), _task(run), run.data.tokenizer, cache, names)
+    return labelled_shards(place, _columns(run), _task(run), tokenizer, cache, names)
 
 
 def _columns(run: Config) -> Columns:
@@ -73,10 +72,6 @@ def _columns(run: Config) -> Columns:
 
 def _task(run: Config) -> Task:
     return cast(Task, run.objective.name)
-=======
-    columns = Columns(run.data.text_column, run.data.text_pair_column, run.data.label_column)
-    task = cast(Literal["classify", "tag"], run.objective.name)
-    return labelled_shards(place, columns, task, tokenizer, Path(run.data.cache).expanduser(), names)
 
 
 def tokenizer_of(run: Config) -> str | None:
@@ -86,7 +81,6 @@ def tokenizer_of(run: Config) -> str | None:
     source = Path(run.init.source)  # a run folder, or a checkpoint inside one
     folders = (source / "tokenizer", source.parent.parent / "tokenizer")
     return next((str(folder) for folder in folders if folder.is_dir()), None)
->>>>>>> main
 
 
 def _check_labels(shards: ShardSet, names: Sequence[str] | None) -> None:

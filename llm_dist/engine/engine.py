@@ -87,7 +87,7 @@ class Engine(ABC):
         scale = self.runtime.ranks / max(1, valid_tokens)
         nats = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for index, batch in enumerate(micro_batches):
-            if self.run.model.dropout:
+            if self.run.has_dropout:
                 torch.manual_seed(derived_seed("dropout", self.run.run.seed, step, self.runtime.rank, index))
             with self._accumulating(is_last=index == len(micro_batches) - 1):
                 loss: LossSum = self.module(batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -31,8 +31,8 @@ def build(
     """
     if run.engine.shard_ranks is not None and run.engine.name != "fsdp":
         raise UserError(f'engine.shard_ranks works with engine.name="fsdp", not "{run.engine.name}"')
-    freeze(trainee, run.optim.frozen)
-    blocks.prepare(blocks.of(trainee), run.engine, run.model.dropout > 0, report)
+    freeze(trainee, run)
+    blocks.prepare(blocks.of(trainee), run.engine, run.has_dropout, report)
     match run.engine.name:
         case "plain":
             from llm_dist.engine.plain import PlainEngine
@@ -48,21 +48,20 @@ def build(
             return FsdpEngine(trainee, fill, run, runtime)
 
 
-def freeze(trainee: nn.Module, patterns: Sequence[str]) -> None:
-    """Let the parameters whose names fit a pattern stay as they are.
+def freeze(trainee: nn.Module, run: config.Config) -> None:
+    """Let the parameters that the run does not train stay as they are.
 
     Raises:
-        UserError: a pattern fits none, or no parameter is left to train.
+        UserError: a pattern of `optim.frozen` fits none, or no parameter is left to train.
     """
     named = {name.removeprefix("model."): parameter for name, parameter in trainee.named_parameters()}
-    for pattern in patterns:
-        fitting = [name for name in named if fnmatchcase(name, pattern)]
-        if not fitting:
+    for pattern in run.optim.frozen:
+        if not any(fnmatchcase(name, pattern) for name in named):
             raise UserError(f"optim.frozen: no parameter fits {pattern!r}; there are {_some(list(named))}")
-        for name in fitting:
-            named[name].requires_grad_(False)
+    for name, parameter in named.items():
+        parameter.requires_grad_(run.trains(name))
     if not any(parameter.requires_grad for parameter in named.values()):
-        raise UserError(f"optim.frozen={list(patterns)} leaves nothing to train; leave a pattern out")
+        raise UserError(f"optim.frozen={run.optim.frozen} leaves nothing to train; leave a pattern out")
 
 
 def _some(names: list[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,7 @@ def export(
         raise UserError(f"no Hugging Face class computes this model: {why_not_exportable(model, heads)}")
     missing = parameter_shapes(model, real_vocabulary_tokens, heads).keys() - weights.keys()
     assert not missing, f"weights lack {sorted(missing)}"
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        _require_free(out)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with publishing(out) as partial:
         torch_name = str(DTYPES[dtype]).removeprefix("torch.")
         keys = hugging_face_config(
             model,
@@ -78,9 +75,9 @@ def export(
             special_ids=special_ids,
             end_id=end_id,
         )
-        _write_json(partial / "config.json", keys)
+        write_json(partial / "config.json", keys)
         if model.is_causal and heads.language:
-            _write_json(partial / "generation_config.json", token_ids(special_ids, end_id))
+            write_json(partial / "generation_config.json", token_ids(special_ids, end_id))
         shapes = parameter_shapes(model, real_vocabulary_tokens, heads)
         sizes = {
             row: prod(row.shape(shapes, model, real_vocabulary_tokens)) * DTYPES[dtype].itemsize
@@ -90,6 +87,22 @@ def export(
         for file in sorted(tokenizer_folder.iterdir()):
             if file.is_file():
                 shutil.copyfile(file, partial / file.name)
+    return name
+
+
+@contextmanager
+def publishing(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` at the end, in one rename.
+
+    Raises:
+        UserError: `out` is in use or cannot be written.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        _require_free(out)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -97,7 +110,6 @@ def export(
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return name
 
 
 def _require_free(out: Path) -> None:
@@ -105,7 +117,8 @@ def _require_free(out: Path) -> None:
         raise UserError(f"{out} exists and is not an empty folder; name a folder that is not there yet")
 
 
-def _write_json(path: Path, table: Mapping[str, Any]) -> None:
+def write_json(path: Path, table: Mapping[str, Any]) -> None:
+    """Write a table as a file of their kind."""
     path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -132,7 +145,7 @@ def _write_weights(
         place |= dict.fromkeys(tensors, name)
     if len(files) > 1:
         index_table = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": place}
-        _write_json(folder / "model.safetensors.index.json", index_table)
+        write_json(folder / "model.safetensors.index.json", index_table)
 
 
 def _split(sizes: Mapping[Row, int]) -> Iterator[list[Row]]:

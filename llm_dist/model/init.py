@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from llm_dist import config
 
 TABLE: tuple[tuple[str, str], ...] = (
+    ("*.adapter.up", "zeros"),
+    ("*.adapter.down", "normal"),
     ("*norm.weight", "ones"),
     ("*.bias", "zeros"),
     ("blocks.*.attention.output.weight", "residual"),

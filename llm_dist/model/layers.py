@@ -76,17 +76,37 @@ def _parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=torch.float32))
 
 
+class Adapter(nn.Module):
+    """A low-rank update of a linear layer: scale * up(down(dropout(x))) (LoRA, arXiv 2106.09685)."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.down = _parameter(rank, inputs)
+        self.up = _parameter(outputs, rank)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return linear(linear(self.dropout(x), self.down, None), self.up, None) * self.scale
+
+
 class Linear(nn.Module):
     """Matrix product with a weight [out, in] and, where the family has them, a bias [out]."""
+
+    adapter: Adapter | None
+    """An update of the weight that is trained in its stead."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
         self.weight = _parameter(outputs, inputs)
         self.bias = _parameter(outputs) if bias else None
+        self.adapter = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class Embedding(nn.Module):

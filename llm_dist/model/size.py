@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from math import prod
 from typing import Literal, NamedTuple
 
-from llm_dist.config import LANGUAGE, Heads, Model
+from llm_dist.config import LANGUAGE, Heads, Lora, Model
+from llm_dist.model.adapter_size import with_adapters
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
@@ -57,8 +58,14 @@ def head_chunk_rows(padded_vocabulary_tokens: int) -> int:
     return max(HEAD_CHUNK_MIN_ROWS, HEAD_CHUNK_LOGITS // padded_vocabulary_tokens)
 
 
-def parameter_shapes(model: Model, vocabulary_tokens: int, heads: Heads = LANGUAGE) -> dict[str, Shape]:
-    """Names and shapes exactly as `Transformer.named_parameters` gives them, in that order."""
+def parameter_shapes(
+    model: Model, vocabulary_tokens: int, heads: Heads = LANGUAGE, lora: Lora | None = None
+) -> dict[str, Shape]:
+    """Names and shapes exactly as `Transformer.named_parameters` gives them, in that order.
+
+    Raises:
+        UserError: `lora.targets` means no layer.
+    """
     width, vocabulary = model.d_model, padded_vocabulary(model, vocabulary_tokens)
     shapes: dict[str, Shape] = {"embedding.weight": (vocabulary, width)}
     if model.positions == "learned":
@@ -71,7 +78,8 @@ def parameter_shapes(model: Model, vocabulary_tokens: int, heads: Heads = LANGUA
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(model, layer)}
     if model.norm_position == "pre":
         shapes |= dict(_norm_shapes(model, "norm"))
-    return shapes | dict(_head_shapes(model, vocabulary, heads))
+    shapes |= dict(_head_shapes(model, vocabulary, heads))
+    return shapes if lora is None else with_adapters(shapes, lora)
 
 
 def _head_shapes(model: Model, vocabulary: int, heads: Heads) -> Iterator[tuple[str, Shape]]:
@@ -302,6 +310,7 @@ def head_bytes(
     machine: Machine = GPU,
     *,
     weight_is_fp32: bool = True,
+    weight_is_trained: bool = True,
 ) -> HeadBytes:
     """Memory of the loss in training; the logits of all positions never exist at one time.
 
@@ -309,7 +318,8 @@ def head_bytes(
     """
     activation, vocabulary = ACTIVATION_BYTES[precision], padded_vocabulary(model, vocabulary_tokens)
     num_tokens, weight = num_sequences * sequence_tokens, vocabulary * model.d_model
-    kept = num_tokens * model.d_model * activation + weight * FP32_BYTES
+    gradient = weight if weight_is_trained else 0
+    kept = num_tokens * model.d_model * activation + gradient * FP32_BYTES
     if model.head_transform:
         kept += num_tokens * (2 * model.d_model * activation + _norm_bytes(model)) + vocabulary * FP32_BYTES
     rows = min(num_tokens, head_chunk_rows(vocabulary))
@@ -317,11 +327,11 @@ def head_bytes(
     cast_weight = weight * activation if precision == "bf16" and weight_is_fp32 else 0
     if precision == "fp32":  # a chunk's gradients are its logits, overwritten; an earlier chunk's live until the next
         softmax = logits * FP32_BYTES * (3 if has_earlier_chunk else 2)
-        products = (logits + weight) * FP32_BYTES
+        products = (logits + gradient) * FP32_BYTES
     else:
         pair = logits * (FP32_BYTES + activation)  # logits and their gradient, or logits as they come
         softmax = 2 * pair if has_earlier_chunk else 2 * logits * FP32_BYTES
-        products = pair + weight * activation
+        products = pair + gradient * activation
         if machine.widens(precision):
-            products = pair + (logits + weight + rows * model.d_model) * FP32_BYTES
+            products = pair + (logits + gradient + rows * model.d_model) * FP32_BYTES
     return HeadBytes(kept, cast_weight + max(softmax, products))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from llm_dist import config
-from llm_dist.config import LANGUAGE, Heads
+from llm_dist.config import LANGUAGE, Heads, Lora
+from llm_dist.model.adapters import add_adapters
 from llm_dist.model.attention import (
     Attention,
     Cache,
@@ -70,7 +71,12 @@ class Transformer(nn.Module):
     """Token ids to hidden states; the heads turn these into logits or losses."""
 
     def __init__(
-        self, model: config.Model, vocabulary_tokens: int, compute_dtype: torch.dtype, heads: Heads = LANGUAGE
+        self,
+        model: config.Model,
+        vocabulary_tokens: int,
+        compute_dtype: torch.dtype,
+        heads: Heads = LANGUAGE,
+        lora: Lora | None = None,
     ) -> None:
         """`vocabulary_tokens` is the tokenizer's; embedding and head are padded, their padding is never predicted."""
         super().__init__()
@@ -94,6 +100,8 @@ class Transformer(nn.Module):
         self.class_head = ClassHead(model.d_model, heads.classes, model.dropout) if heads.classes else None
         if self.head is not None and model.tied_head:
             self.head.weight = self.embedding.weight
+        if lora is not None:
+            add_adapters(self, lora)
 
     @property
     def language(self) -> LanguageHead:

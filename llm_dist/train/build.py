@@ -12,6 +12,7 @@ from torch import Tensor
 from llm_dist import config, tokenizer
 from llm_dist.checkpoint import layout
 from llm_dist.checkpoint.store import read_parameters
+from llm_dist.config_lora import ADAPTER
 from llm_dist.data import opening
 from llm_dist.data.index import ShardSet
 from llm_dist.data.loader import Loader
@@ -22,6 +23,7 @@ from llm_dist.engine.engine import Engine, FillParameter
 from llm_dist.errors import UserError
 from llm_dist.exchange.load import is_hugging_face
 from llm_dist.exchange.start import Fill, fill_from_hugging_face, new_heads
+from llm_dist.model.adapters import merged
 from llm_dist.model.init import initial_value
 from llm_dist.model.size import parameter_shapes
 from llm_dist.model.transformer import Transformer
@@ -92,7 +94,7 @@ def build(run: config.Config, runtime: Runtime, data: DataFolders, report: Calla
 
 def build_model(run: config.Config, vocabulary_tokens: int) -> Transformer:
     """The model of a run file, its parameters not yet initialised."""
-    return Transformer(run.model, vocabulary_tokens, COMPUTE_DTYPE[run.engine.precision], run.heads)
+    return Transformer(run.model, vocabulary_tokens, COMPUTE_DTYPE[run.engine.precision], run.heads, run.lora)
 
 
 def _fill(run: config.Config, data: DataFolders, report: Callable[[str], None]) -> FillParameter:
@@ -100,10 +102,12 @@ def _fill(run: config.Config, data: DataFolders, report: Callable[[str], None]) 
     if run.init.source is None:
         return at_random
     source = Path(run.init.source)
-    if not is_hugging_face(source):
-        return _fill_from(source, run, data.any_shards, report)
-    own = tokenizer.load(data.any_shards.tokenizer_folder)
-    return fill_from_hugging_face(source, run.model, run.heads, own, at_random, report)
+    if is_hugging_face(source):
+        own = tokenizer.load(data.any_shards.tokenizer_folder)
+        base: FillParameter = fill_from_hugging_face(source, run.model, run.heads, own, at_random, report)
+    else:
+        base = _fill_from(source, run, data.any_shards, report)
+    return lambda name, shape: at_random(name, shape) if ADAPTER in name else base(name, shape)
 
 
 def _fill_from(source: Path, run: config.Config, shards: ShardSet, report: Callable[[str], None]) -> FillParameter:
@@ -119,6 +123,8 @@ def _fill_from(source: Path, run: config.Config, shards: ShardSet, report: Calla
             f"one; tokenize with {own_tokenizer}"
         )
     weights, at_random = read_parameters(found.folder), _fill_at_random(run)
+    if any(ADAPTER in name for name in weights):
+        weights = merged(weights, config.load(found.folder.parent.parent).lora)
     shapes = parameter_shapes(run.model, shards.vocabulary_tokens, run.heads)
     new = new_heads(source, shapes, {name: tuple(weight.shape) for name, weight in weights.items()}, report)
 
