@@ -94,8 +94,14 @@ def _config(run: Config, name: str, ranks: Mapping[str, int], heads: list[Row]) 
         "target_modules": list(ranks),
         "rank_pattern": higher,
         "alpha_pattern": {layer: run.lora.scale * own for layer, own in higher.items()},
-        "modules_to_save": sorted({row.name.rpartition(".")[0] for row in heads}) or None,
+        "modules_to_save": sorted({_module(row) for row in heads}) or None,
         "fan_in_fan_out": model_type(run.model, run.heads) == "gpt2",
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _module(row: Row) -> str:
+    """What PEFT keeps beside the updates; a classifier as a whole, as it does by itself."""
+    module = row.name.rpartition(".")[0]
+    return "classifier" if module.startswith("classifier.") else module

@@ -88,8 +88,16 @@ def build(run: config.Config, runtime: Runtime, data: DataFolders, report: Calla
     objective = objectives.build(run, data.any_shards.tokenizer_folder, weights)
     with torch.device(select.CONSTRUCTION_DEVICE[run.engine.name]):
         model = build_model(run, data.any_shards.vocabulary_tokens)
+    _say_what_is_trained(run, model, report)
     engine = select.build(Trainee(model, objective), _fill(run, data, report), run, runtime, report)
     return Parts(run, runtime, data, objective, engine)
+
+
+def _say_what_is_trained(run: config.Config, model: Transformer, report: Callable[[str], None]) -> None:
+    if run.lora.rank is not None:
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        trained = sum(size for name, size in sizes.items() if run.trains(name))
+        report(f"lora.rank={run.lora.rank}: trains {trained:,} of {sum(sizes.values()):,} parameters")
 
 
 def build_model(run: config.Config, vocabulary_tokens: int) -> Transformer:
