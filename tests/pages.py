@@ -16,6 +16,7 @@ PAGES = [
             "getting-started",
             "data",
             "encoders",
+            "finetuning",
             "configuration",
             "engines",
             "checkpoints",
