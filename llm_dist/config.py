@@ -114,6 +114,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _engine_can_freeze(self) -> Self:
+        if self.optim.frozen and self.engine.name == "zero":
+            raise ValueError('optim.frozen needs engine.name="plain" or "fsdp"; ZeRO updates whole flat buffers')
+        return self
+
+    @model_validator(mode="after")
     def _objective_fits(self) -> Self:
         objective, model, packing = self.objective, self.model, self.data.packing
         named = f'objective.name="{objective.name}"'

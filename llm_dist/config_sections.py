@@ -153,6 +153,10 @@ class Optim(Section):
     """Added to the root of the second moment."""
     weight_decay: float = from_now(0.1, ge=0)
     """Decoupled weight decay; never on norms, biases and embeddings."""
+    layer_lr_decay: float = from_now(1.0, gt=0, le=1)
+    """Rate of a block as a fraction of that of the block above it; below 1 a fine-tuned model keeps what it knows."""
+    frozen: list[str] = identity([])
+    """Patterns of parameter names that are not trained, as in `["embedding.*", "blocks.0.*"]`; not with engine zero."""
     clip: float = from_now(1.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0 never clips."""
     warmup_steps: int = from_now(0, ge=0)

@@ -6,6 +6,7 @@ The rate is a pure function of (run file, step): there is no scheduler object to
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,22 +16,39 @@ from torch import nn
 from llm_dist import config
 
 NEVER_DECAYED = ("embedding.", "positions.", "segments.")
+_BELOW_BLOCKS = (*NEVER_DECAYED, "embedding_norm.")
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices decay; norms, biases and embeddings do not. Empty groups are left out."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for name, parameter in named:
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, layer_lr_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups that are updated alike; matrices decay, norms, biases and embeddings do not. Empty groups are left out.
+
+    The rate of a block is `layer_lr_decay` times that of the block above it; heads have the whole rate, embeddings less
+    than the lowest block (ULMFiT, arXiv 1801.06146, section 3.2). Parameters without a gradient are in no group.
+    """
+    learning = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    num_blocks = max((int(block[1]) + 1 for name, _ in learning if (block := _BLOCK.search(name))), default=0)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in learning:
         is_matrix = parameter.ndim >= 2 and not any(part in name for part in NEVER_DECAYED)
-        (decayed if is_matrix else kept).append(parameter)
-    groups = [(decayed, weight_decay), (kept, 0.0)]
-    return [{"params": params, "weight_decay": decay, "lr_scale": 1.0} for params, decay in groups if params]
+        scale = layer_lr_decay ** (num_blocks + 1 - _depth(name, num_blocks))
+        groups.setdefault((scale, weight_decay if is_matrix else 0.0), []).append(parameter)
+    by_rate = sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in by_rate]
+
+
+def _depth(name: str, num_blocks: int) -> int:
+    """0 below the blocks, then the blocks, then what is above them."""
+    if block := _BLOCK.search(name):
+        return int(block[1]) + 1
+    return 0 if any(part in name for part in _BELOW_BLOCKS) else num_blocks + 1
 
 
 def build(named: Iterable[tuple[str, nn.Parameter]], optim: config.Optim) -> torch.optim.Optimizer:
     """The optimizer of `optim` over the named parameters."""
-    groups = parameter_groups(named, optim.weight_decay)
+    groups = parameter_groups(named, optim.weight_decay, optim.layer_lr_decay)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)

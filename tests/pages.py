@@ -15,6 +15,7 @@ PAGES = [
         for name in (
             "getting-started",
             "data",
+            "encoders",
             "configuration",
             "engines",
             "checkpoints",

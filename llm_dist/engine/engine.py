@@ -135,6 +135,8 @@ class Engine(ABC):
     def _require_moments(self, parameters: Iterable[Tensor]) -> None:
         """Create the optimizer's state now, zeroed, where it is created lazily."""
         for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
             state = self.optimizer.state[parameter]
             moments = MOMENTS[self.run.optim.name]
             if moments and "exp_avg" not in state:
@@ -144,6 +146,9 @@ class Engine(ABC):
                     state[moment] = torch.zeros_like(parameter, requires_grad=False)
 
     def _moments_of(self, parameter: Tensor) -> dict[str, Any]:
+        """None of a parameter that is frozen."""
+        if parameter not in self.optimizer.state:
+            return {}
         return {moment: self.optimizer.state[parameter][moment] for moment in MOMENTS[self.run.optim.name]}
 
     @abstractmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -30,6 +31,7 @@ def build(
     """
     if run.engine.shard_ranks is not None and run.engine.name != "fsdp":
         raise UserError(f'engine.shard_ranks works with engine.name="fsdp", not "{run.engine.name}"')
+    freeze(trainee, run.optim.frozen)
     blocks.prepare(blocks.of(trainee), run.engine, run.model.dropout > 0, report)
     match run.engine.name:
         case "plain":
@@ -44,3 +46,24 @@ def build(
             from llm_dist.engine.fsdp import FsdpEngine
 
             return FsdpEngine(trainee, fill, run, runtime)
+
+
+def freeze(trainee: nn.Module, patterns: Sequence[str]) -> None:
+    """Let the parameters whose names fit a pattern stay as they are.
+
+    Raises:
+        UserError: a pattern fits none, or no parameter is left to train.
+    """
+    named = {name.removeprefix("model."): parameter for name, parameter in trainee.named_parameters()}
+    for pattern in patterns:
+        fitting = [name for name in named if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise UserError(f"optim.frozen: no parameter fits {pattern!r}; there are {_some(list(named))}")
+        for name in fitting:
+            named[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise UserError(f"optim.frozen={list(patterns)} leaves nothing to train; leave a pattern out")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + f" ... {names[-1]}"

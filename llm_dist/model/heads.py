@@ -165,7 +165,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         sums = torch.zeros(2, dtype=torch.float32, device=rows.device)
         for_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        for_bias = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            for_bias = torch.zeros_like(bias, dtype=torch.float32)
         for chunk in _chunks(rows, weight):
             logits = _chunk_logits(rows[chunk], cast, bias, vocabulary_tokens)
             normaliser, scored = _add_sums(sums, logits, labels[chunk], z_loss)

@@ -117,6 +117,30 @@ def test_an_empty_group_is_left_out() -> None:
     assert [group["weight_decay"] for group in groups] == [0.0]
 
 
+def test_lower_blocks_learn_more_slowly() -> None:
+    shape = config.Model(family="bert", layers=2, d_model=8, heads=2)
+    model = Transformer(shape, 20, torch.float32)
+    groups = optim.build(model.named_parameters(), run_file(layer_lr_decay=0.5).optim).param_groups
+    scale_of = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    scales = {name: scale_of[id(parameter)] for name, parameter in model.named_parameters()}
+
+    assert {scales[name] for name in scales if name.startswith(("embedding", "positions", "segments"))} == {0.125}
+    assert {scales[name] for name in scales if name.startswith("blocks.0.")} == {0.25}
+    assert {scales[name] for name in scales if name.startswith("blocks.1.")} == {0.5}
+    assert {scales[name] for name in scales if name.startswith("head.")} == {1.0}
+    assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
+
+
+def test_what_is_frozen_is_in_no_group() -> None:
+    model = Transformer(run_file().model, 20, torch.float32)
+    model.blocks[0].requires_grad_(False)
+    groups = optim.parameter_groups(model.named_parameters(), 0.1)
+    chosen = {id(parameter) for group in groups for parameter in group["params"]}
+
+    assert not chosen & {id(parameter) for parameter in model.blocks[0].parameters()}
+    assert chosen >= {id(parameter) for parameter in model.blocks[1].parameters()}
+
+
 def test_groups_scale_the_rate_that_is_written() -> None:
     optimizer = optim.build([("head.weight", torch.nn.Parameter(torch.ones(3, 3)))], run_file().optim)
     optimizer.param_groups[0]["lr_scale"] = 0.5

@@ -111,3 +111,33 @@ def test_gradient_of_the_nats_alone_is_refused_where_there_is_a_penalty():
     head, hidden, labels = example()
     with pytest.raises(AssertionError, match=r"LossSum\.total"):
         head(hidden, labels, 1e-2).nats.backward()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both"])
+def test_a_transformed_head_is_torch_s_own_with_a_bias_and_leaves_out_what_is_frozen(frozen):
+    model = Model(family="bert", layers=1, d_model=WIDTH, heads=1)
+    head = LanguageHead(model, VOCABULARY, ROWS)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    head.weight.requires_grad_(frozen == "bias")
+    head.bias.requires_grad_(frozen == "weight")
+    hidden = torch.randn(3, 11, WIDTH, generator=generator, requires_grad=True)
+    labels = torch.randint(0, VOCABULARY, (3, 11), generator=generator)
+    labels[0, :4] = NOT_SCORED
+    loss = head(hidden, labels)
+    loss.total.backward()
+    found = {name: parameter.grad for name, parameter in head.named_parameters()}, hidden.grad
+    head.zero_grad()
+    again = hidden.detach().requires_grad_()
+    logits = head.logits(again)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=NOT_SCORED)
+    expected.backward()
+    torch.testing.assert_close(loss.nats, expected)
+    torch.testing.assert_close(found[1], again.grad)
+    for name, parameter in head.named_parameters():
+        if not parameter.requires_grad:
+            assert found[0][name] is None
+            continue
+        torch.testing.assert_close(found[0][name], parameter.grad, msg=name)
