@@ -24,6 +24,7 @@ FLOORS = (
     ("data", "curate", "engine", "generate", "curve"),
     ("checkpoint", "evaluate", "exchange", "probe"),
     ("train", "trained", "launcher"),
+    ("predictions",),
     ("cli",),
     ("__main__",),
 )
@@ -35,6 +36,8 @@ SHARED_ROOMS = {
     "tokenizer_fast": "tokenizer",
     "tokenizer_words": "tokenizer",
     "plan_memory": "plan",
+    "cli_manners": "cli",
+    "cli_scoring": "cli",
     "config_fields": "config",
     "config_model": "config",
     "config_sections": "config",

@@ -50,9 +50,7 @@ def documents(
         yield encoded(batch, task, tokenizer, names)
 
 
-def encoded(
-    batch: Sequence[Example], task: Task, tokenizer: Tokenizer, names: Sequence[str] | None
-) -> list[Document]:
+def encoded(batch: Sequence[Example], task: Task, tokenizer: Tokenizer, names: Sequence[str] | None) -> list[Document]:
     """Documents of some examples; without `names` each label is 0, which only says where one belongs.
 
     Raises:

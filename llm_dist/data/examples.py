@@ -27,7 +27,7 @@ KNOWN: dict[Task, str] = {
 }
 KNOWN_UNLABELLED: dict[Task, str] = {
     "classify": f".txt (a text per line), {KNOWN['classify']}",
-    "tag": ".txt (a sentence per line), .conll, .bio, .iob, .iob2, .jsonl, .parquet, .arrow or a folder saved by `datasets`",
+    "tag": f".txt (a sentence per line), {KNOWN['tag'].replace('.txt, ', '')}",
 }
 TEXT_KEY, PAIR_KEY, LABEL_KEY = "data.text_column", "data.text_pair_column", "data.label_column"
 
