@@ -25,6 +25,8 @@ def examples(*lines: str) -> str:
 
 
 def finish(work: Callable[[], Any], as_json: bool) -> None:
+    """End the command with what `work` gives, or with the mistake it names."""
+
     def act() -> int:
         show(work(), as_json)
         return 0
@@ -33,6 +35,7 @@ def finish(work: Callable[[], Any], as_json: bool) -> None:
 
 
 def show(result: Any, as_json: bool) -> None:
+    """Print fields: one JSON object, or a line each."""
     fields = asdict(result) if is_dataclass(result) and not isinstance(result, type) else dict(result)
     if as_json:
         print(json.dumps(fields, default=str))

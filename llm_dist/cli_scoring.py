@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Precise = Annotated[Precision | None, typer.Option(help="The run's own by default.")]
 Cut = Annotated[bool, typer.Option("--cut", help="Read only the beginning of examples that are too long.")]
 
+_MOST_COLUMNS = 12
+"""A wider table of confusions does not fit a terminal."""
+
 
 def evaluate(
     checkpoint: Checkpoint,
@@ -178,9 +181,6 @@ def _table_of_confusions(scores: LabelEvaluation) -> None:
         _print_table(["true / predicted", *names], lines)
 
 
-_MOST_COLUMNS = 12
-
-
 def _show_comparison(found: dict[str, Any]) -> None:
     better = "higher" if found["more_is_better"] else "lower"
     print(f"{found['metric']} on {found['data']}, {found['examples']:,} examples; {better} is better")
@@ -204,10 +204,9 @@ def _print_table(head: list[str], lines: list[list[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*map(Text, head), box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(head):
+        table.add_column(Text(name), justify="right" if place else "left")
     for line in lines:
         table.add_row(*map(Text, line))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
