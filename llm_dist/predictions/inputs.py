@@ -105,7 +105,7 @@ def _of_shards(trained: Trained, shards: ShardSet, task: Task) -> Iterator[list[
         for row, number in enumerate(numbers):
             count = int(rows.num_scored[row])
             ids, targets = rows.inputs[row, :count].tolist(), np.atleast_1d(rows.targets[row])[:count]
-            labels = np.where(targets == NOT_LABELLED, NOT_LABELLED, to_known[targets]).tolist()
+            labels = np.where(targets == NOT_LABELLED, NOT_LABELLED, to_known[targets.clip(0)]).tolist()
             texts = (_words if task == "tag" else _texts)(ids, labels, trained.tokenizer)
             named = tuple(known[label] for label in labels if label != NOT_LABELLED)
             found.append(Input(Example(texts, named, f"{shards.folder}: document {number + 1}"), ids, labels))

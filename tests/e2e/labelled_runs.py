@@ -14,7 +14,7 @@ steps = {steps}
 seed = 3
 
 [model]
-family = "bert"
+family = "modernbert"
 layers = 1
 d_model = 32
 heads = 2
@@ -35,7 +35,7 @@ tokens_per_step = 1024
 sequences_per_micro_batch = 16
 
 [optim]
-lr = 3e-3
+lr = 1e-2
 warmup_steps = 1
 
 [engine]
