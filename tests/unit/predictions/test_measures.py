@@ -1,4 +1,4 @@
-"""What validation counts while training is what scikit-learn and seqeval count afterwards; errors are found and escaped."""
+"""Validation counts what scikit-learn and seqeval count afterwards; what is wrong is found, sorted and escaped."""
 
 from __future__ import annotations
 
