@@ -10,10 +10,12 @@ from launcher.capacity import machine_here
 from llm_dist.config import Config
 from llm_dist.data.fetch import Fetcher
 from llm_dist.data.folder import DATASET, read_dataset
+from llm_dist.data.opening_labelled import tokenizer_of
 from llm_dist.data.places import is_url
 from llm_dist.data.remote import remote_dataset
 from llm_dist.model.size import GPU
 from llm_dist.plan import USABLE_MEMORY, Plan, make_plan, memory_of
+from llm_dist.tokenizer import read_description
 
 MAX_SUGGESTED_RANKS = 16_384
 
@@ -36,7 +38,7 @@ def data_size(config: Config, must_exist: bool) -> DataSize:
     datasets = [_dataset(config, place, must_exist) for place in config.data.sources.values()]
     known = [dataset for dataset in datasets if dataset is not None]
     if not known:
-        return DataSize(config.plan.vocabulary_tokens, None)
+        return DataSize(_vocabulary_of_text(config), None)
     vocabulary_tokens = max(int(dataset["vocabulary_tokens"]) for dataset in known)
     if len(known) < len(datasets):
         return DataSize(vocabulary_tokens, None)
@@ -44,12 +46,20 @@ def data_size(config: Config, must_exist: bool) -> DataSize:
 
 
 def _dataset(config: Config, place: str, must_exist: bool) -> dict[str, Any] | None:
-    """dataset.json of a source; None where it is not there yet, or made of raw text when the run starts."""
+    """dataset.json of a source; None where it is not there yet, or made of text when the run starts."""
     if is_url(place):
         return remote_dataset(Fetcher(place))
     is_there = (Path(place) / DATASET).exists()
-    is_raw_text = config.data.tokenizer is not None and Path(place).exists()
+    is_raw_text = (config.objective.is_labelled or config.data.tokenizer is not None) and Path(place).exists()
     return None if not is_there and (is_raw_text or not must_exist) else read_dataset(Path(place))
+
+
+def _vocabulary_of_text(config: Config) -> int:
+    """Tokens of the tokenizer that will read the text; the run file's guess where there is none yet."""
+    folder = tokenizer_of(config)
+    if folder is None or not Path(folder).is_dir():
+        return config.plan.vocabulary_tokens
+    return int(read_description(Path(folder))["report"]["vocabulary_tokens"])
 
 
 def plan_of(config: Config, data: DataSize, ranks: int, gpu: str | None = None, price: float | None = None) -> Plan:

@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,
 }
 app = typer.Typer(help="From raw text to a trained, evaluated, exported language model.", **SETTINGS)
-tokenizer_app = typer.Typer(help="Train tokenizers.", **SETTINGS)
+tokenizer_app = typer.Typer(help="Train or import tokenizers.", **SETTINGS)
 data_app = typer.Typer(help="Look into token shards.", **SETTINGS)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
@@ -40,6 +40,7 @@ Inputs = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="Folder to make.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE...]", help="Override keys.")]
 Source = Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="Run file (.toml) or run folder.")]
+HuggingFaceFolder = Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="Hugging Face folder.")]
 Split = Annotated[Literal["file", "blank-line", "line"], typer.Option(help="What a document is in .txt.")]
 OnBad = Annotated[Literal["stop", "skip"], typer.Option(help="At a broken record: stop, or skip and count it.")]
 
@@ -63,6 +64,18 @@ def tokenizer_train(
 
         texts = (d.text for d in read_documents(inputs, split=split, on_bad=on_bad, tally=Tally()))
         return tokenizer_training.train(texts, kind, vocab_size, out, lowercase=lowercase)
+
+    _finish(work, as_json)
+
+
+@tokenizer_app.command("import", epilog=_examples("llm-dist tokenizer import llama-hf --out tokenizer"))
+def tokenizer_import(folder: HuggingFaceFolder, out: Out, as_json: Json = False) -> None:
+    """Take over the tokenizer of a Hugging Face folder: the same ids."""
+
+    def work() -> Any:
+        from llm_dist.tokenizer_import import import_tokenizer
+
+        return import_tokenizer(folder, out)
 
     _finish(work, as_json)
 
@@ -269,6 +282,18 @@ def export(
         from llm_dist import trained
 
         return trained.export_to(trained.find(checkpoint, step, best), out, dtype)
+
+    _finish(work, as_json)
+
+
+@app.command("import", epilog=_examples("llm-dist import llama-hf --out llama"))
+def import_folder(folder: HuggingFaceFolder, out: Out, as_json: Json = False) -> None:
+    """Make a tokenizer folder and a run file that go on training a Hugging Face folder."""
+
+    def work() -> Any:
+        from llm_dist.exchange.prepare import prepare
+
+        return prepare(folder, out)
 
     _finish(work, as_json)
 

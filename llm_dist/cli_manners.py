@@ -13,7 +13,9 @@ import typer
 from llm_dist.errors import exit_code_of
 
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder or checkpoint folder.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder, checkpoint folder or Hugging Face folder.")
+]
 Step = Annotated[int | None, typer.Option(help="Checkpoint of this step instead of the latest.")]
 Best = Annotated[bool, typer.Option("--best", help="Checkpoint of the best validation loss.")]
 Precision = Literal["fp32", "bf16"]

@@ -63,7 +63,8 @@ class Data(Section):
     document_mask: bool = identity(False)
     """Attention and positions stop at document borders (taken from the index, never inferred)."""
     tokenizer: str | None = free(None)
-    """Tokenizer folder for sources that are raw text: they become shards in `data.cache` when the run starts."""
+    """Tokenizer folder for sources that are raw text or labelled: they become shards in `data.cache` when the run
+    starts. Labelled sources take that of the run that `init.from` names, when absent."""
     text_column: str | None = identity(None)
     """Column of labelled files that holds the text, or the words; a number counts from 0 where there is no header."""
     text_pair_column: str | None = identity(None)

@@ -1,4 +1,4 @@
-"""Lets a model write: from the separator and a prompt, one token at a time, until the separator or a limit.
+"""Lets a model write: from the separator and a prompt, one token at a time, until one that ends a text or a limit.
 
 Knows a model and a tokenizer; nothing of runs, checkpoints or engines.
 """
@@ -73,7 +73,7 @@ def generate(
 ) -> Generated:
     """Continue `prompt`; `on_text` gets the text in pieces as it comes.
 
-    Ends before `max_tokens` at the separator, or where prompt and text fill `model.max_sequence_tokens`.
+    Ends before `max_tokens` at a token that ends a text, or where prompt and text fill `model.max_sequence_tokens`.
 
     Raises:
         UserError: a value means nothing, or the prompt leaves no room.
@@ -93,7 +93,7 @@ def generate(
     text = _Text(tokenizer, prompt_ids, on_text)
     start = time.perf_counter()
     for next_id in continuation(model, ids, min(max_tokens, room), sampling, seed):
-        if next_id == tokenizer.separator_id:
+        if next_id in tokenizer.end_ids:
             break
         text.append(next_id)
     seconds = time.perf_counter() - start

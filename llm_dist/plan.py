@@ -145,8 +145,8 @@ def make_plan(
     return Plan(
         num_parameters=size.num_parameters(model, vocabulary_tokens, config.heads).total,
         vocabulary_tokens=vocabulary_tokens,
-        hugging_face=hugging_face_class(model),
-        not_exportable=why_not_exportable(model),
+        hugging_face=hugging_face_class(model, config.heads),
+        not_exportable=why_not_exportable(model, config.heads),
         flops_per_token=flops.full,
         flops_per_token_causal=flops.causal,
         rows=rows,

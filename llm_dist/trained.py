@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Literal
 
 import torch
@@ -18,11 +21,15 @@ from llm_dist.data.opening import held_out
 from llm_dist.errors import UserError
 from llm_dist.evaluate import Evaluation, evaluate
 from llm_dist.exchange.export import export
+from llm_dist.exchange.load import HuggingFaceModel, is_hugging_face, open_folder
+from llm_dist.exchange.prepare import run_of
+from llm_dist.model.size import parameter_shapes
 from llm_dist.model.transformer import Transformer
 from llm_dist.objectives import select as objectives
 from llm_dist.objectives.objective import Trainee
 from llm_dist.runtime import Runtime
 from llm_dist.tokenizer import Tokenizer
+from llm_dist.tokenizer_import import import_tokenizer
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,10 +43,15 @@ class Trained:
     step: int
     folder: Path
     tokenizer: Tokenizer
+    hugging_face: HuggingFaceModel | None = None
+    """The folder of theirs that stands for a checkpoint."""
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter by name, full, fp32, verified."""
-        return read_parameters(self.folder)
+        if self.hugging_face is None:
+            return read_parameters(self.folder)
+        names = parameter_shapes(self.run.model, self.tokenizer.vocabulary_tokens, self.run.heads)
+        return {name: self.hugging_face.parameter(name) for name in names}
 
     def model(self, precision: Precision | None = None) -> Transformer:
         """The model, ready to use, on the GPU where there is one; `precision` is the run's own by default."""
@@ -57,11 +69,15 @@ class Trained:
 
 
 def find(path: Path, step: int | None = None, best: bool = False) -> Trained:
-    """The checkpoint that a run folder or checkpoint folder means.
+    """The checkpoint that a run folder, a checkpoint folder or a Hugging Face folder means.
 
     Raises:
         UserError: there is none, or the run folder it lies in lacks its run file or tokenizer.
     """
+    if is_hugging_face(path):
+        if step is not None or best:
+            raise UserError(f"{path} is a Hugging Face folder, which holds one checkpoint; leave --step and --best out")
+        return _find_hugging_face(path)
     found = layout.find(path, step, best)
     run_folder = found.folder.parent.parent
     if not (run_folder / "config.json").is_file():
@@ -76,6 +92,20 @@ def find(path: Path, step: int | None = None, best: bool = False) -> Trained:
             f"{trained_with[:12]}; put the run's own tokenizer back"
         )
     return Trained(run, found.step, found.folder, tokenizer)
+
+
+def _find_hugging_face(path: Path) -> Trained:
+    source = open_folder(path)
+    scratch = Path(mkdtemp(prefix="llm_dist-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    import_tokenizer(path, scratch / "tokenizer")
+    tokenizer = tokenizers.load(scratch / "tokenizer")
+    if tokenizer.vocabulary_tokens != source.vocabulary_tokens:
+        raise UserError(
+            f"{path}: the tokenizer does not fit the checkpoint: it has {tokenizer.vocabulary_tokens} tokens, the "
+            f"checkpoint {source.vocabulary_tokens}"
+        )
+    return Trained(run_of(source), 0, path, tokenizer, source)
 
 
 def score(
@@ -119,6 +149,10 @@ def export_to(trained: Trained, out: Path, dtype: Precision) -> Exported:
         out,
         real_vocabulary_tokens=trained.tokenizer.vocabulary_tokens,
         dtype=dtype,
+        heads=trained.run.heads,
+        labels=tuple(trained.run.data.labels),
+        special_ids=trained.tokenizer.special_ids,
+        end_id=min(trained.tokenizer.end_ids - {trained.tokenizer.separator_id}, default=None),
     )
     return Exported(str(out), trained.step, str(name), dtype)
 

@@ -34,6 +34,7 @@ SHARED_ROOMS = {
     "tokenizer_training": "tokenizer",
     "tokenizer_vocabulary": "tokenizer",
     "tokenizer_fast": "tokenizer",
+    "tokenizer_import": "tokenizer",
     "tokenizer_words": "tokenizer",
     "plan_memory": "plan",
     "cli_manners": "cli",
@@ -65,6 +66,7 @@ TORCH_FREE = (
         "llm_dist.tokenizer_training",
         "llm_dist.tokenizer_vocabulary",
         "llm_dist.tokenizer_fast",
+        "llm_dist.tokenizer_import",
         "llm_dist.tokenizer_words",
         "llm_dist.model.size",
         "llm_dist.checkpoint.layout",
@@ -78,7 +80,7 @@ VENDORS = {
     "accelerate": ("llm_dist.engine.fsdp",),
     "torch.distributed.fsdp": ("llm_dist.engine.fsdp",),
     "torch.distributed._composable.fsdp": ("llm_dist.engine.fsdp",),
-    "transformers": ("llm_dist.exchange",),
+    "transformers": ("llm_dist.exchange", "llm_dist.tokenizer_import"),
 }
 """The only modules that may import each vendor."""
 
@@ -211,6 +213,21 @@ def _dotted_attributes(module: Module) -> Iterator[tuple[int, str]]:
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", name := ast.unparse(node)):
             yield node.lineno, name
+
+
+def loop_breaches(modules: Iterable[Module]) -> list[str]:
+    """A second training loop: who but the loop asks for a step, or but an engine goes backward or updates."""
+    found = []
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            called = ast.unparse(node.func)
+            is_step = called.endswith(".train_step") and module.name != "llm_dist.train.loop"
+            is_update = called.endswith((".backward", "optimizer.step")) and module.room != "engine"
+            if is_step or is_update:
+                found.append(f"{module.path}:{node.lineno}: {called} trains; there is one loop, llm_dist/train/loop.py")
+    return found
 
 
 def rank_breaches(modules: Iterable[Module]) -> list[str]:

@@ -21,6 +21,11 @@ def test_rooms_know_only_what_they_may(check: Check) -> None:
     assert not found, "\n".join(found)
 
 
+def test_every_objective_trains_in_the_one_loop() -> None:
+    found = house.loop_breaches(HOUSE)
+    assert not found, "\n".join(found)
+
+
 @pytest.mark.parametrize("check", [house.size_breaches, house.name_breaches])
 def test_files_keep_to_their_sizes_and_names(check: Check) -> None:
     found = check(EVERYTHING)
@@ -45,6 +50,9 @@ def test_every_torch_free_name_stands() -> None:
 
 
 BREACHES = [
+    (house.loop_breaches, "llm_dist/finetune.py", "def run(e):\n    e.train_step([], 1, 0.1, 0)", "there is one loop"),
+    (house.loop_breaches, "llm_dist/train/session.py", "loss.backward()", "loss.backward trains"),
+    (house.loop_breaches, "llm_dist/finetune.py", "self.optimizer.step()", "self.optimizer.step trains"),
     (house.floor_breaches, "llm_dist/config.py", "from llm_dist.engine import plain", "config (floor 2)"),
     (house.floor_breaches, "llm_dist/config.py", "def late():\n    from llm_dist import cli", "llm_dist.cli"),
     (house.floor_breaches, "llm_dist/config.py", "import llm_dist.runtime", "llm_dist.runtime"),

@@ -54,11 +54,21 @@ def _folder(run: Config, place: str, names: Sequence[str] | None) -> Path:
     """The finished shards that `place` is, or those that are made of the examples there."""
     if (Path(place) / DATASET).is_file():
         return Path(place)
-    if run.data.tokenizer is None:
+    tokenizer = tokenizer_of(run)
+    if tokenizer is None:
         raise UserError("labelled examples need a tokenizer; name its folder in data.tokenizer")
     columns = Columns(run.data.text_column, run.data.text_pair_column, run.data.label_column)
     task = cast(Literal["classify", "tag"], run.objective.name)
-    return labelled_shards(place, columns, task, run.data.tokenizer, Path(run.data.cache).expanduser(), names)
+    return labelled_shards(place, columns, task, tokenizer, Path(run.data.cache).expanduser(), names)
+
+
+def tokenizer_of(run: Config) -> str | None:
+    """What makes tokens of a run's raw or labelled text: `data.tokenizer`, else that of the run that it starts from."""
+    if run.data.tokenizer is not None or run.init.source is None:
+        return run.data.tokenizer
+    source = Path(run.init.source)  # a run folder, or a checkpoint inside one
+    folders = (source / "tokenizer", source.parent.parent / "tokenizer")
+    return next((str(folder) for folder in folders if folder.is_dir()), None)
 
 
 def _check_labels(shards: ShardSet, names: Sequence[str] | None) -> None:

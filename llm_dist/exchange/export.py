@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm_dist.config import Model
+from llm_dist.config import LANGUAGE, Heads, Model
 from llm_dist.errors import UserError
-from llm_dist.exchange.table import Row, hugging_face_config, rows, token_ids
+from llm_dist.exchange.rows import Row
+from llm_dist.exchange.table import OUR_IDS, hugging_face_config, rows, token_ids
 from llm_dist.model.hugging_face import hugging_face_class, why_not_exportable
 from llm_dist.model.size import Precision, parameter_shapes
 
@@ -37,6 +38,10 @@ def export(
     *,
     real_vocabulary_tokens: int,
     dtype: Precision = "fp32",
+    heads: Heads = LANGUAGE,
+    labels: tuple[str, ...] = (),
+    special_ids: Mapping[str, int] = OUR_IDS,
+    end_id: int | None = None,
 ) -> str:
     """Write `out` (config.json, safetensors, generation_config.json, tokenizer) and return the class that opens it.
 
@@ -44,14 +49,18 @@ def export(
         weights: full fp32 parameters by the names of `Transformer`; asked for one file's worth at a time.
         real_vocabulary_tokens: the tokenizer's vocabulary; padded rows beyond it are left out.
         dtype: of the written weights.
+        heads: what the model ends in.
+        labels: names of its classes, in their order.
+        special_ids: the tokenizer's.
+        end_id: token that ends a text, where that is not the separator.
 
     Raises:
         UserError: no class of `transformers` computes this model, or `out` is in use or cannot be written.
     """
-    name = hugging_face_class(model)
+    name = hugging_face_class(model, heads)
     if name is None:
-        raise UserError(f"no Hugging Face class computes this model: {why_not_exportable(model)}")
-    missing = parameter_shapes(model, real_vocabulary_tokens).keys() - weights.keys()
+        raise UserError(f"no Hugging Face class computes this model: {why_not_exportable(model, heads)}")
+    missing = parameter_shapes(model, real_vocabulary_tokens, heads).keys() - weights.keys()
     assert not missing, f"weights lack {sorted(missing)}"
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -59,9 +68,25 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         torch_name = str(DTYPES[dtype]).removeprefix("torch.")
-        _write_json(partial / "config.json", hugging_face_config(model, name, real_vocabulary_tokens, torch_name))
-        _write_json(partial / "generation_config.json", token_ids())
-        _write_weights(partial, weights, model, real_vocabulary_tokens, DTYPES[dtype])
+        keys = hugging_face_config(
+            model,
+            name,
+            real_vocabulary_tokens,
+            torch_name,
+            heads=heads,
+            labels=labels,
+            special_ids=special_ids,
+            end_id=end_id,
+        )
+        _write_json(partial / "config.json", keys)
+        if model.is_causal and heads.language:
+            _write_json(partial / "generation_config.json", token_ids(special_ids, end_id))
+        shapes = parameter_shapes(model, real_vocabulary_tokens, heads)
+        sizes = {
+            row: prod(row.shape(shapes, model, real_vocabulary_tokens)) * DTYPES[dtype].itemsize
+            for row in rows(model, heads, special_ids)
+        }
+        _write_weights(partial, weights, sizes, (model, real_vocabulary_tokens), DTYPES[dtype])
         for file in sorted(tokenizer_folder.iterdir()):
             if file.is_file():
                 shutil.copyfile(file, partial / file.name)
@@ -85,15 +110,24 @@ def _write_json(path: Path, table: Mapping[str, Any]) -> None:
 
 
 def _write_weights(
-    folder: Path, weights: Mapping[str, Tensor], model: Model, vocabulary_tokens: int, dtype: torch.dtype
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    sizes: Mapping[Row, int],
+    made_for: tuple[Model, int],
+    dtype: torch.dtype,
 ) -> None:
-    shapes = parameter_shapes(model, vocabulary_tokens)
-    sizes = {row: prod(row.shape(shapes, model, vocabulary_tokens)) * dtype.itemsize for row in rows(model)}
+    """Write every row; `sizes` in bytes, `made_for` the model and its vocabulary."""
     files = list(_split(sizes))
     place: dict[str, str] = {}
     for index, some_rows in enumerate(files, 1):
         name = "model.safetensors" if len(files) == 1 else f"model-{index:05}-of-{len(files):05}.safetensors"
-        tensors = {row.name: row.value(weights, model, vocabulary_tokens).to(dtype).contiguous() for row in some_rows}
+        tensors: dict[str, Tensor] = {}
+        written: set[tuple[str, ...]] = set()
+        for row in some_rows:
+            tensor = row.value(weights, *made_for).to(dtype).contiguous()
+            # Two of theirs that are one of ours may not share its memory.
+            tensors[row.name] = tensor.clone() if row.sources in written else tensor
+            written.add(row.sources)
         save_file(tensors, folder / name, metadata={"format": "pt"})
         place |= dict.fromkeys(tensors, name)
     if len(files) > 1:

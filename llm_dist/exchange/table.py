@@ -1,155 +1,134 @@
-"""How a Hugging Face folder names, arranges and configures what we call by other names; writes nothing.
+"""Which table of rows and keys serves which type of Hugging Face model; writes and reads nothing.
 
-One row per tensor of theirs: the parameters of ours it is made of and how. What cannot be exported is decided in
-`llm_dist.model.hugging_face`; a model that reaches this room can be.
+What cannot be exported is decided in `llm_dist.model.hugging_face`; a model that reaches this room can be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor
+from llm_dist.config import LANGUAGE, Heads, Model
+from llm_dist.errors import UserError
+from llm_dist.exchange import bert, gpt2, llama, modernbert
+from llm_dist.exchange.config_keys import HuggingFaceConfig
+from llm_dist.exchange.rows import Row
+from llm_dist.model.hugging_face import NAMES, ModelType, model_type
+from llm_dist.tokenizer import CLS, PAD, SEP, SEPARATOR, SPECIAL_TOKENS
 
-from llm_dist.config import Model
-from llm_dist.model.attention import sinusoids
-from llm_dist.tokenizer import PAD, SEPARATOR, SPECIAL_TOKENS
-
-SINUSOIDS = "(sinusoids)"
-"""Stands where a table of theirs is computed by ours."""
-
-
-class Row(NamedTuple):
-    """A tensor of a Hugging Face model."""
-
-    name: str
-    sources: tuple[str, ...]
-    """Parameters of ours, joined along their first axis."""
-    transposed: bool = False
-    """GPT-2 keeps [in, out] where others keep [out, in]."""
-    trimmed: bool = False
-    """Rows beyond the tokenizer's vocabulary are padding and stay here."""
-
-    def shape(self, shapes: Mapping[str, tuple[int, ...]], model: Model, vocabulary_tokens: int) -> tuple[int, ...]:
-        """Shape of their tensor, given the shapes of ours."""
-        if self.sources == (SINUSOIDS,):
-            return model.max_sequence_tokens, model.d_model
-        rows = sum(shapes[source][0] for source in self.sources)
-        shape = (vocabulary_tokens if self.trimmed else rows, *shapes[self.sources[0]][1:])
-        return shape[::-1] if self.transposed else shape
-
-    def value(self, weights: Mapping[str, Tensor], model: Model, vocabulary_tokens: int) -> Tensor:
-        """Their tensor, made of ours; may share memory with it."""
-        if self.sources == (SINUSOIDS,):
-            return sinusoids(torch.arange(model.max_sequence_tokens)[None], model.d_model)[0]
-        parts = [weights[source] for source in self.sources]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        whole = whole[:vocabulary_tokens] if self.trimmed else whole
-        return whole.t() if self.transposed else whole
+OUR_IDS: Mapping[str, int] = {token: id_ for id_, token in enumerate(SPECIAL_TOKENS)}
 
 
-def rows(model: Model) -> list[Row]:
-    """Every tensor of the exported model."""
-    return list(_gpt2_rows(model) if model.family == "gpt2" else _llama_rows(model))
+def rows(
+    model: Model, heads: Heads = LANGUAGE, special_ids: Mapping[str, int] = OUR_IDS, kind: ModelType | None = None
+) -> list[Row]:
+    """Every tensor of the model in theirs; of the type that it exports to by default."""
+    kind = kind or model_type(model, heads)
+    match kind:
+        case "gpt2":
+            return [*gpt2.body_rows(model), *gpt2.head_rows(model, heads)]
+        case "bert" | "roberta":
+            return [*bert.body_rows(model, kind, special_ids[PAD]), *bert.head_rows(model, heads, kind)]
+        case "modernbert":
+            return [*modernbert.body_rows(model), *modernbert.head_rows(model, heads)]
+        case _:
+            return [*llama.body_rows(model), *llama.head_rows(model, heads)]
 
 
-def _llama_rows(model: Model) -> Iterator[Row]:
-    yield Row("model.embed_tokens.weight", ("embedding.weight",), trimmed=True)
-    names = {
-        "input_layernorm": "attention_norm",
-        "self_attn.q_proj": "attention.query",
-        "self_attn.k_proj": "attention.key",
-        "self_attn.v_proj": "attention.value",
-        "self_attn.o_proj": "attention.output",
-        "post_attention_layernorm": "feed_forward_norm",
-        "mlp.gate_proj": "feed_forward.gate",
-        "mlp.up_proj": "feed_forward.up",
-        "mlp.down_proj": "feed_forward.down",
-    }
-    if model.qk_norm:
-        names |= {"self_attn.q_norm": "attention.query_norm", "self_attn.k_norm": "attention.key_norm"}
-    for layer in range(model.layers):
-        for theirs, ours in names.items():
-            yield Row(f"model.layers.{layer}.{theirs}.weight", (f"blocks.{layer}.{ours}.weight",))
-    yield Row("model.norm.weight", ("norm.weight",))
-    if not model.tied_head:
-        yield Row("lm_head.weight", ("head.weight",), trimmed=True)
+def token_ids(special_ids: Mapping[str, int] = OUR_IDS, end_id: int | None = None) -> dict[str, int]:
+    """The separator begins a document, and ends it where no other id (`end_id`) does."""
+    separator = special_ids[SEPARATOR]
+    ends = separator if end_id is None else end_id
+    return {"bos_token_id": separator, "eos_token_id": ends, "pad_token_id": special_ids[PAD]}
 
 
-def _gpt2_rows(model: Model) -> Iterator[Row]:
-    yield Row("transformer.wte.weight", ("embedding.weight",), trimmed=True)
-    learned = model.positions == "learned"
-    yield Row("transformer.wpe.weight", ("positions.weight" if learned else SINUSOIDS,))
-    names: dict[str, tuple[str, ...]] = {
-        "ln_1": ("attention_norm",),
-        "attn.c_attn": ("attention.query", "attention.key", "attention.value"),
-        "attn.c_proj": ("attention.output",),
-        "ln_2": ("feed_forward_norm",),
-        "mlp.c_fc": ("feed_forward.up",),
-        "mlp.c_proj": ("feed_forward.down",),
-    }
-    for layer in range(model.layers):
-        for theirs, ours in names.items():
-            for kind in ("weight", "bias"):
-                sources = tuple(f"blocks.{layer}.{source}.{kind}" for source in ours)
-                is_matrix = kind == "weight" and not theirs.startswith("ln_")
-                yield Row(f"transformer.h.{layer}.{theirs}.{kind}", sources, transposed=is_matrix)
-    yield Row("transformer.ln_f.weight", ("norm.weight",))
-    yield Row("transformer.ln_f.bias", ("norm.bias",))
-    if not model.tied_head:
-        yield Row("lm_head.weight", ("head.weight",), trimmed=True)
-
-
-def token_ids() -> dict[str, int]:
-    """The separator begins and ends a document."""
-    separator = SPECIAL_TOKENS.index(SEPARATOR)
-    return {"bos_token_id": separator, "eos_token_id": separator, "pad_token_id": SPECIAL_TOKENS.index(PAD)}
-
-
-def hugging_face_config(model: Model, hugging_face_class: str, vocabulary_tokens: int, dtype: str) -> dict[str, Any]:
+def hugging_face_config(
+    model: Model,
+    hugging_face_class: str,
+    vocabulary_tokens: int,
+    dtype: str,
+    *,
+    heads: Heads = LANGUAGE,
+    labels: tuple[str, ...] = (),
+    special_ids: Mapping[str, int] = OUR_IDS,
+    end_id: int | None = None,
+) -> dict[str, Any]:
     """Content of config.json; `dtype` by torch's name."""
     common = {
         "architectures": [hugging_face_class],
         "vocab_size": vocabulary_tokens,
         "tie_word_embeddings": model.tied_head,
         "dtype": dtype,
-        "use_cache": True,
-    } | token_ids()
-    return common | (_gpt2_keys(model) if model.family == "gpt2" else _llama_keys(model))
-
-
-def _llama_keys(model: Model) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3" if model.qk_norm else "llama",
-        "hidden_size": model.d_model,
-        "intermediate_size": model.width_ff,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.d_head,
-        "max_position_embeddings": model.max_sequence_tokens,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        # Readers older than `rope_parameters` look for the base here.
-        "rope_theta": model.rope_theta,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-    } | ({"use_sliding_window": False} if model.qk_norm else {"mlp_bias": False})
-
-
-def _gpt2_keys(model: Model) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "n_embd": model.d_model,
-        "n_inner": model.width_ff,
-        "n_layer": model.layers,
-        "n_head": model.heads,
-        "n_positions": model.max_sequence_tokens,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": model.norm_eps,
-        "embd_pdrop": model.dropout,
-        "resid_pdrop": model.dropout,
-        "attn_pdrop": 0.0,
+        **_text_ids(model, special_ids, end_id),
     }
+    if heads.classes:
+        names = labels or tuple(f"LABEL_{number}" for number in range(heads.classes))
+        common |= {
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+            "problem_type": "single_label_classification",
+        }
+        common |= {} if model.is_causal else {"classifier_dropout": model.dropout}
+    return common | _keys(model, heads, special_ids)
+
+
+def _text_ids(model: Model, special_ids: Mapping[str, int], end_id: int | None) -> dict[str, Any]:
+    if model.is_causal:
+        return {"use_cache": True, **token_ids(special_ids, end_id)}
+    cls, sep = special_ids[CLS], special_ids[SEP]
+    ids = {"bos_token_id": cls, "eos_token_id": sep, "pad_token_id": special_ids[PAD]}
+    return ids | ({"cls_token_id": cls, "sep_token_id": sep} if model_type(model) == "modernbert" else {})
+
+
+def _keys(model: Model, heads: Heads, special_ids: Mapping[str, int]) -> dict[str, Any]:
+    match model_type(model, heads):
+        case "gpt2":
+            return gpt2.keys(model, heads)
+        case "bert" | "roberta":
+            return bert.keys(model, heads, special_ids[PAD])
+        case "modernbert":
+            return modernbert.keys(model, heads)
+        case _:
+            return llama.keys(model, heads)
+
+
+def kind_of(config: HuggingFaceConfig) -> ModelType:
+    """Type of the model in a folder.
+
+    Raises:
+        UserError: an unknown one; the message lists the known ones.
+    """
+    kind = config.table.get("model_type")
+    if kind in NAMES:
+        return kind  # type: ignore[no-any-return]
+    said = f"model_type={kind}" if kind else f"architectures={config.table.get('architectures')} and no model_type"
+    raise UserError(f"{config.folder}: config.json has {said}, which is unknown here; known are {', '.join(NAMES)}")
+
+
+def model_of(config: HuggingFaceConfig) -> Model:
+    """Our `[model]` of a config.json.
+
+    Raises:
+        UserError: an unknown type, or a key with a value that we do not compute the same.
+    """
+    kind = kind_of(config)
+    config.refuse_what_we_never_compute()
+    table = {"gpt2": gpt2, "bert": bert, "roberta": bert, "modernbert": modernbert}.get(kind, llama)
+    try:
+        return Model(**table.model_keys(config))
+    except ValueError as error:
+        words = str(error).splitlines()
+        raise UserError(f"{config.folder}: config.json means no model here: {' '.join(words[1:3])}") from None
+
+
+def known_names(kind: ModelType) -> tuple[str, tuple[str, ...], Mapping[str, str]]:
+    """Prefix of the body's tensors, how their names go on behind it, and tensors that stand for others of ours."""
+    match kind:
+        case "gpt2":
+            return gpt2.PREFIX, gpt2.BASE_NAMES, gpt2.TIED
+        case "bert" | "roberta":
+            return f"{kind}.", bert.BASE_NAMES, bert.TIED
+        case "modernbert":
+            return modernbert.PREFIX, modernbert.BASE_NAMES, modernbert.TIED
+        case _:
+            return llama.PREFIX, llama.BASE_NAMES, llama.TIED

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from llm_dist import config
 from llm_dist.draws import fractions, keys
+from llm_dist.errors import UserError
 from llm_dist.tokenizer import MASK, Tokenizer
 from llm_dist.tokenizer_words import Words
 
@@ -43,6 +44,8 @@ class Hiding:
         self._objective, self._seed = objective, seed
         self.most_hidden = most_hidden(objective, text_tokens)
         """S, of every batch alike."""
+        if MASK not in tokenizer.special_ids:
+            raise UserError(f"{tokenizer.folder}: the tokenizer has no mask token, which hides tokens; choose another")
         self._mask_id = tokenizer.special_ids[MASK]
         self._is_special = np.zeros(tokenizer.vocabulary_tokens, np.bool_)
         self._is_special[list(tokenizer.special_ids.values())] = True

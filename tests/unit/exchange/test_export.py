@@ -6,16 +6,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_dist.config import Model
+from llm_dist.config import LANGUAGE, Heads, Model, RopeScaling
 from llm_dist.errors import UserError
 from llm_dist.exchange import export as export_room
 from llm_dist.exchange.export import export
 from llm_dist.exchange.table import rows
+from llm_dist.model.hugging_face import hugging_face_class, why_not_exportable
 from llm_dist.model.size import parameter_shapes
 from llm_dist.model.transformer import Transformer
-from tests.unit.model.shapes import KINDS, VOCABULARY_TOKENS, built, small, some_ids
+from tests.unit.model.shapes import VOCABULARY_TOKENS, built, small, some_ids
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "llama-grouped": "LlamaForCausalLM",
+    "llama-tied": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt2-untied": "GPT2LMHeadModel",
+    "gpt2-sinusoidal": "GPT2LMHeadModel",
+    "qwen2": "Qwen2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "bert": "BertForMaskedLM",
+    "modernbert": "ModernBertForMaskedLM",
+}
 
 
 def export_of(transformer: Transformer, out: Path, **options) -> str:
@@ -42,13 +55,13 @@ def noisy(model: Model) -> Transformer:
     return transformer
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSES)
 def test_transformers_computes_the_same_logits(kind, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs the extra llm_dist[hf]")
     ours = noisy(small(kind, rope_theta=500.0, norm_eps=1e-3))
     name = export_of(ours, tmp_path / "out")
-    assert name == CLASSES[kind.split("-", maxsplit=1)[0]]
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert name == CLASSES[kind]
+    theirs, report = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(theirs).__name__ == name and not report["missing_keys"] and not report["unexpected_keys"]
     ids = some_ids(num_tokens=40)
     with torch.no_grad():
@@ -57,7 +70,7 @@ def test_transformers_computes_the_same_logits(kind, tmp_path):
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSES)
 def test_every_parameter_is_exported_once(kind):
     model = small(kind)
     used = [source for row in rows(model) for source in row.sources if not source.startswith("(")]
@@ -107,6 +120,66 @@ def test_what_no_class_computes_is_named(tmp_path):
     with pytest.raises(UserError, match=r"model\.positions=learned"):
         export_of(built(model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+PAIRS, CLASS_OF_TEXT, CLASS_OF_TOKEN = Heads(pair=True), Heads(False, classes=3), Heads(False, False, 3, True)
+NOT_EXPORTABLE = [
+    ("llama", {"positions": "learned"}, LANGUAGE, 'model.positions=learned with model.norm=rms; exports with "rotary"'),
+    ("llama", {"feed_forward": "geglu"}, LANGUAGE, "model.feed_forward=geglu"),
+    ("llama", {"norm_position": "post"}, LANGUAGE, "model.norm_position=post"),
+    ("llama", {"biases": "all", "window_tokens": 4}, LANGUAGE, "model.window_tokens=4"),
+    ("llama", {"d_model": 30, "d_head": 8}, LANGUAGE, "model.heads=4"),
+    ("qwen3", {"biases": "qkv"}, LANGUAGE, "model.biases=qkv"),
+    ("mistral", {"global_every": 2}, LANGUAGE, "model.global_every=2"),
+    ("mistral", {"window_rope_theta": 10.0}, LANGUAGE, "model.window_rope_theta=10.0"),
+    ("gpt2", {"positions": "rotary"}, LANGUAGE, 'exports with "learned" or "sinusoidal"'),
+    ("gpt2", {"kv_heads": 2}, LANGUAGE, "model.kv_heads=2"),
+    ("gpt2", {"d_head": 16}, LANGUAGE, "model.d_head=16"),
+    ("gpt2", {"biases": "none"}, LANGUAGE, 'model.biases=none with model.norm=layer; exports with "all"'),
+    ("bert-rotary-geglu", {}, LANGUAGE, "model.positions=rotary with model.norm_position=post"),
+    ("bert-pre-norm", {}, LANGUAGE, "model.positions=learned with model.norm_position=pre"),
+    ("classic", {}, LANGUAGE, "model.embedding_norm=false"),
+    ("bert", {"head_transform": False}, LANGUAGE, "model.head_transform=false"),
+    ("modernbert", {"rope_scaling": RopeScaling(factor=2.0)}, LANGUAGE, "model.rope_scaling="),
+    ("modernbert", {}, PAIRS, "a head for pairs"),
+    ("modernbert", {}, CLASS_OF_TEXT, "classes with model.norm_position=pre"),
+    ("llama", {}, CLASS_OF_TEXT, "Llama's head for them has no bias"),
+    ("bert", {}, Heads(classes=3), "a head for classes beside one for tokens"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "heads", "said"), NOT_EXPORTABLE)
+def test_each_key_that_no_class_knows_is_named(kind, changes, heads, said):
+    model = small(kind, **changes)
+    assert said in str(why_not_exportable(model, heads))
+    assert hugging_face_class(model, heads) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "heads", "name"),
+    [
+        ("bert", {"segments": 1}, LANGUAGE, "RobertaForMaskedLM"),
+        ("bert", {"segments": 1, "feed_forward": "relu"}, LANGUAGE, "BertForMaskedLM"),
+        ("bert", {"segments": 1}, PAIRS, "BertForPreTraining"),
+        ("bert", {"head_transform": False}, CLASS_OF_TEXT, "BertForSequenceClassification"),
+        ("bert", {"segments": 1}, CLASS_OF_TOKEN, "RobertaForTokenClassification"),
+        ("gpt2", {}, CLASS_OF_TOKEN, "GPT2ForTokenClassification"),
+        ("qwen2", {"window_tokens": 4, "global_every": 2}, LANGUAGE, "Qwen2ForCausalLM"),
+        ("modernbert", {"biases": "all", "norm_bias": True}, LANGUAGE, "ModernBertForMaskedLM"),
+    ],
+)
+def test_the_keys_decide_the_class(kind, changes, heads, name):
+    assert hugging_face_class(small(kind, **changes), heads) == name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"segments": 0}, {"segments": 1}, {"positions": "sinusoidal", "segments": 1}])
+def test_tables_that_we_do_without_are_exported(changes, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra llm_dist[hf]")
+    ours = noisy(small("bert", **changes))
+    theirs = getattr(transformers, export_of(ours, tmp_path / "out")).from_pretrained(tmp_path / "out")
+    ids = some_ids().clamp(min=8)
+    torch.testing.assert_close(theirs(ids).logits, ours.language.logits(ours(ids)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
