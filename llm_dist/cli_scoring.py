@@ -28,7 +28,12 @@ _MOST_COLUMNS = 12
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[str, typer.Option(help="Shard folder, or URL of one; for a run with labels, labelled files.")],
+    data: Annotated[
+        str | None, typer.Option(help="Shard folder, or URL of one; for a run with labels, labelled files.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="FOLDER:NAME", help="Instead of data: tasks of lm-evaluation-harness.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Labels: folder for what was wrong, as table and page.")] = None,
     stride: Annotated[int | None, typer.Option(help="Text: tokens from one window to the next; T by default.")] = None,
     cut: Cut = False,
@@ -43,7 +48,15 @@ def evaluate(
         from llm_dist import trained
         from llm_dist.data.places import open_place
 
+        if (data is None) == (tasks is None):
+            raise UserError("what to score? name either --data or --tasks")
         source = trained.find(checkpoint, step, best)
+        if tasks is not None:
+            from llm_dist.harness import run_tasks
+
+            show(run_tasks(source, tasks), as_json)
+            return 0
+        assert data is not None
         if source.run.objective.name in ("classify", "tag"):
             from llm_dist.predictions.report import evaluate_labels
 

@@ -24,7 +24,7 @@ FLOORS = (
     ("data", "curate", "engine", "generate", "curve"),
     ("checkpoint", "evaluate", "exchange", "probe"),
     ("train", "trained", "launcher"),
-    ("predictions",),
+    ("predictions", "harness"),
     ("cli",),
     ("__main__",),
 )
@@ -80,6 +80,7 @@ VENDORS = {
     "accelerate": ("llm_dist.engine.fsdp",),
     "torch.distributed.fsdp": ("llm_dist.engine.fsdp",),
     "torch.distributed._composable.fsdp": ("llm_dist.engine.fsdp",),
+    "lm_eval": ("llm_dist.harness",),
     "transformers": ("llm_dist.exchange", "llm_dist.tokenizer_import"),
 }
 """The only modules that may import each vendor."""
