@@ -14,7 +14,8 @@ import pytest
 from llm_dist.data import labelled
 from llm_dist.data.examples import Columns, Task
 from llm_dist.data.index import ShardSet, open_shards
-from llm_dist.data.labelled import Labels, labelled_shards, open_labels
+from llm_dist.data.labelled import labelled_shards
+from llm_dist.data.labels import Labels, open_labels
 from llm_dist.data.output import Output
 from llm_dist.data.shards import dataset_fingerprint
 from llm_dist.tokenizer import KINDS, load
