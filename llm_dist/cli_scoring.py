@@ -137,6 +137,8 @@ def predict(
 
 def _write_lines(lines: Iterable[dict[str, Any]], out: Path | None) -> int:
     """Write JSON lines; a file appears when it is whole."""
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     writing = None if out is None else out.with_name(f".{out.name}.writing")
     count = 0
     with nullcontext(sys.stdout) if writing is None else writing.open("w", encoding="utf-8") as stream:
@@ -144,7 +146,7 @@ def _write_lines(lines: Iterable[dict[str, Any]], out: Path | None) -> int:
             for line in lines:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += 1
-        except UserError:
+        except BaseException:
             if writing is not None:
                 writing.unlink()
             raise

@@ -26,6 +26,7 @@ name = "{objective}"
 
 [data]
 train = "{train}"
+holdout = "{holdout}"
 tokenizer = "{tokenizer}"
 cache = "{folder}/cache"
 sequence_tokens = 64
@@ -78,11 +79,11 @@ def tagged(path: Path, repeats: int) -> Path:
     return path
 
 
-def trained(folder: Path, tokenizer: Path, train: Path, objective: str, name: str, steps: int) -> Path:
-    """The folder of a finished run."""
+def trained(folder: Path, tokenizer: Path, files: tuple[Path, Path], objective: str, name: str, steps: int) -> Path:
+    """The folder of a finished run that learnt from the first of `files` and was validated on the second."""
     run_file = folder / f"{name}.toml"
-    text = RUN_FILE.format(name=name, folder=folder, steps=steps, objective=objective, train=train, tokenizer=tokenizer)
-    run_file.write_text(text, encoding="utf-8")
+    keys = {"name": name, "folder": folder, "steps": steps, "objective": objective, "tokenizer": tokenizer}
+    run_file.write_text(RUN_FILE.format(train=files[0], holdout=files[1], **keys), encoding="utf-8")
     said = llm_dist("train", run_file)
     assert said.code == 0, said.err
     return folder / "runs" / name

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from llm_dist import metrics
 from tests.e2e.commands import llm_dist
 from tests.e2e.labelled_runs import TOPICS, classified, tagged, trained
 
@@ -28,13 +29,14 @@ class Made(NamedTuple):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("labels")
-    texts, sentences = classified(folder / "train.tsv", 40), tagged(folder / "train.conll", 60)
+    texts = classified(folder / "train.tsv", 40), classified(folder / "test.tsv", 15)
+    sentences = tagged(folder / "train.conll", 60), tagged(folder / "test.conll", 9)
     return Made(
         trained(folder, tokenizer, texts, "classify", "classifier", 60),
         trained(folder, tokenizer, texts, "classify", "untrained", 1),
-        classified(folder / "test.tsv", 15),
+        texts[1],
         trained(folder, tokenizer, sentences, "tag", "tagger", 60),
-        tagged(folder / "test.conll", 9),
+        sentences[1],
     )
 
 
@@ -95,6 +97,19 @@ def test_a_tagger_is_scored_by_entity(made, tmp_path):
     assert {each["name"] for each in scores["entities"]["kinds"]} == {"LOC", "PER"}
     assert 0 < scores["entities"]["f1"]["micro"] <= 1 and scores["not_read"] == 0
     assert "entity" in llm_dist("eval", made.tagger, "--data", made.sentences).out
+
+
+def test_validation_said_the_same(made):
+    for run, data in ((made.classifier, made.texts), (made.tagger, made.sentences)):
+        records = metrics.read(run / "metrics.jsonl")
+        (validated,) = [record["eval"] for record in records if "eval" in record][-1].values()
+        scores = llm_dist("eval", run, "--data", data, "--json").json
+        assert scores["loss_nats"] == pytest.approx(validated["loss_nats"], rel=1e-5)
+        assert scores["scored"] == validated["tokens"]
+        ours = {"accuracy": scores["accuracy"], "macro_f1": scores["f1"]["macro"]}
+        if scores["entities"] is not None:
+            ours["f1"] = scores["entities"]["f1"]["micro"]
+        assert ours == pytest.approx(validated["scores"])
 
 
 def test_texts_and_words_are_labelled_in_their_order(made, tmp_path):
@@ -210,6 +225,10 @@ def test_what_does_not_fit_the_run_is_one_line(made, finished, shards, tmp_path,
     assert "learnt no labels" in mistake("eval", finished, "--data", shards / "holdout", "--report", tmp_path)
     assert "leave the option out" in mistake("eval", made.tagger, "--data", made.sentences, "--stride", 4)
     assert "must be from 1 to" in mistake("eval", finished, "--data", shards / "holdout", "--stride", 33)
+    assert "either --data or --tasks" in mistake("eval", finished)
+    assert "must read FOLDER:NAME" in mistake("eval", finished, "--tasks", "nowhere:x")
+    nowhere = tmp_path / "no" / "labels.jsonl"
+    assert "there is no folder" in mistake("predict", made.classifier, made.texts, "--out", nowhere)
     assert "name two runs" in mistake("compare", finished, "--data", made.texts)
     assert "learnt different things" in mistake("compare", made.tagger, finished, "--data", made.texts)
     known = "are compared by accuracy, macro_f1, loss"
