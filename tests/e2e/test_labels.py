@@ -78,11 +78,11 @@ def test_a_classifier_is_scored_and_its_errors_are_shown(made, tmp_path):
 
 
 def test_shards_of_labelled_examples_score_as_their_file_does(made, tmp_path):
-    by_file = llm_dist("eval", made.tagger, "--data", made.tagger.parent.parent / "train.conll", "--json").json
+    by_file = llm_dist("eval", made.tagger, "--data", made.sentences, "--json").json
     (folder,) = [
         path.parent
         for path in (made.tagger.parent.parent / "cache" / "labelled").glob("*/train/dataset.json")
-        if json.loads(path.read_text())["labels"]["per"] == "token"
+        if json.loads(path.read_text())["num_documents"] == by_file["examples"]
     ]
     report = tmp_path / "errors"
     by_shards = llm_dist("eval", made.tagger, "--data", folder, "--report", report, "--json").json
