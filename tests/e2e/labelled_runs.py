@@ -14,7 +14,7 @@ steps = {steps}
 seed = 3
 
 [model]
-family = "modernbert"
+family = "{family}"
 layers = 1
 d_model = 32
 heads = 2
@@ -79,11 +79,21 @@ def tagged(path: Path, repeats: int) -> Path:
     return path
 
 
-def trained(folder: Path, tokenizer: Path, files: tuple[Path, Path], objective: str, name: str, steps: int) -> Path:
+def trained(
+    folder: Path,
+    tokenizer: Path,
+    files: tuple[Path, Path],
+    objective: str,
+    name: str,
+    steps: int,
+    family: str = "modernbert",
+) -> Path:
     """The folder of a finished run that learnt from the first of `files` and was validated on the second."""
     run_file = folder / f"{name}.toml"
-    keys = {"name": name, "folder": folder, "steps": steps, "objective": objective, "tokenizer": tokenizer}
-    run_file.write_text(RUN_FILE.format(train=files[0], holdout=files[1], **keys), encoding="utf-8")
+    keys = {"name": name, "folder": folder, "steps": steps, "objective": objective, "family": family}
+    run_file.write_text(
+        RUN_FILE.format(train=files[0], holdout=files[1], tokenizer=tokenizer, **keys), encoding="utf-8"
+    )
     said = llm_dist("train", run_file)
     assert said.code == 0, said.err
     return folder / "runs" / name

@@ -140,6 +140,19 @@ def test_texts_and_words_are_labelled_in_their_order(made, tmp_path):
     assert first_again["probabilities"] == pytest.approx(second["probabilities"], abs=1e-6)
 
 
+def test_a_hugging_face_folder_with_labels_predicts_and_is_scored(made, tokenizer, tmp_path):
+    files = made.texts.with_name("train.tsv"), made.texts
+    run, exported = trained(tmp_path, tokenizer, files, "classify", "bert", 2, "bert"), tmp_path / "theirs"
+    assert llm_dist("export", run, "--out", exported).code == 0
+    ours, theirs = (llm_dist("predict", folder, made.texts).out.splitlines() for folder in (run, exported))
+    assert len(ours) == len(theirs) == 45
+    for one, other in zip(map(json.loads, ours), map(json.loads, theirs), strict=True):
+        assert one["text"] == other["text"]
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+    scores = [llm_dist("eval", folder, "--data", made.texts, "--json").json["loss_nats"] for folder in (run, exported)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
 def test_models_are_compared_on_the_same_examples(made, finished):
     words = ("--data", made.texts, "--samples", 500, "--json")
     found = llm_dist("compare", made.untrained, made.classifier, made.untrained, *words).json
