@@ -59,8 +59,10 @@ def cases(predictions: Iterable[Prediction], names: Sequence[str], most_uncertai
     right: list[Case] = []
     for prediction in predictions:
         judged = _judged(prediction, names)
-        kept, verdict = (right, "uncertain") if prediction.is_right else (wrong, "wrong")
-        kept.append(Case(verdict, prediction.example.where, judged))  # type: ignore[arg-type]
+        if prediction.is_right:
+            right.append(Case("uncertain", prediction.example.where, judged))
+        else:
+            wrong.append(Case("wrong", prediction.example.where, judged))
     wrong.sort(key=lambda case: -case.worst.probability)
     right.sort(key=lambda case: case.worst.probability)
     return [*wrong, *right[:most_uncertain]]
@@ -69,11 +71,13 @@ def cases(predictions: Iterable[Prediction], names: Sequence[str], most_uncertai
 def _judged(prediction: Prediction, names: Sequence[str]) -> list[Judged]:
     each = np.arange(len(prediction.true))
     probabilities, predicted = prediction.probabilities, prediction.predicted
-    texts = prediction.example.texts
+    texts: Sequence[str] = prediction.example.texts
+    if len(texts) != len(prediction.example.labels):  # a text and its pair
+        texts = ["\n".join(texts)]
     return [
         Judged(text, names[true], names[guessed], float(sure), float(of_true))
         for text, true, guessed, sure, of_true in zip(
-            texts if len(prediction.example.labels) > 1 or len(texts) == 1 else ["\n".join(texts)],
+            texts,
             prediction.true.tolist(),
             predicted.tolist(),
             probabilities[each, predicted],
