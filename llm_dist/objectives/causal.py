@@ -29,6 +29,9 @@ class Causal(Unscored):
         if rows.num_scored is not None:
             is_padding = torch.arange(sequence_tokens) >= torch.from_numpy(rows.num_scored)[:, None]
             labels[:num_present][is_padding] = NOT_SCORED
+        if rows.num_context is not None:
+            is_context = torch.arange(sequence_tokens) < torch.from_numpy(rows.num_context)[:, None]
+            labels[:num_present][is_context] = NOT_SCORED
         if rows.document_ids is None:
             return Batch(input_ids, labels)
         documents = torch.zeros(num_rows, sequence_tokens, dtype=torch.int64)
