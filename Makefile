@@ -34,7 +34,7 @@ demo: $(MADE) ## raw text to a trained, resumed, evaluated model on 2 ranks; TEX
 	.venv/bin/python -m launcher.demo $(if $(TEXT),--text "$(TEXT)")
 
 test: $(MADE) ## the CPU tests; ARGS="-k tokenizer" goes to pytest
-	.venv/bin/pytest -m "not gpu and not kill and not slurm" $(ARGS)
+	.venv/bin/pytest -n 2 --dist loadgroup -m "not gpu and not kill and not slurm" $(ARGS)
 
 test-kill: $(MADE) ## kill real runs at random and compare their ends; N=60 kills (24), SEED=7 (0)
 	KILLS=$(or $(N),24) KILL_SEED=$(or $(SEED),0) .venv/bin/pytest -s -q tests/kill $(ARGS)

@@ -2,6 +2,7 @@
 
 python -m benchmarks                 the quick suites: loader, corpus, remote, tokenize, saving, step
 python -m benchmarks ngram           half an hour: a trained model against a 5-gram
+python -m benchmarks sst2 wnut17 novels  an hour: encoders fine-tuned, pretrained and not, beside baselines
 python -m benchmarks launching       five minutes, root and Slurm: one launcher per node against one task per rank
 python -m benchmarks --gpu           the step of larger models on one GPU
 """
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch
 
-SUITES = ("loader", "corpus", "remote", "tokenize", "saving", "step", "ngram", "launching")
-QUICK = SUITES[:-2]
+SUITES = ("loader", "corpus", "remote", "tokenize", "saving", "step", "ngram", "launching", "sst2", "wnut17", "novels")
+QUICK = SUITES[:-5]
 
 
 def main() -> None:
@@ -45,6 +46,8 @@ def main() -> None:
 def _measure(name: str, on_gpu: bool, overrides: list[str]) -> Any:
     if name in ("loader", "corpus", "remote", "tokenize", "saving", "launching"):
         return importlib.import_module(f"benchmarks.{name}").measure()
+    if name in ("sst2", "wnut17", "novels"):
+        return importlib.import_module("benchmarks.finetuning").measure(name, overrides)
     if name == "ngram":
         from benchmarks import ngram
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llm_dist import cli_scoring as scoring
+from llm_dist.cli_manners import Best, Checkpoint, Json, Precision, Step
+from llm_dist.cli_manners import examples as _examples
+from llm_dist.cli_manners import finish as _finish
+from llm_dist.cli_manners import show as _show
 from llm_dist.errors import UserError, exit_code_of
 
 if TYPE_CHECKING:
@@ -36,23 +40,12 @@ Inputs = Annotated[
     list[str],
     typer.Argument(metavar="INPUT...", help="Files, folders, globs of .txt .jsonl .parquet .tar .arrow; - is stdin."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE...]", help="Override keys.")]
 Source = Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="Run file (.toml) or run folder.")]
-Checkpoint = Annotated[
-    Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder, checkpoint folder or Hugging Face folder.")
-]
 HuggingFaceFolder = Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="Hugging Face folder.")]
-Step = Annotated[int | None, typer.Option(help="Checkpoint of this step instead of the latest.")]
-Best = Annotated[bool, typer.Option("--best", help="Checkpoint of the best validation loss.")]
 Split = Annotated[Literal["file", "blank-line", "line"], typer.Option(help="What a document is in .txt.")]
 OnBad = Annotated[Literal["stop", "skip"], typer.Option(help="At a broken record: stop, or skip and count it.")]
-Precision = Literal["fp32", "bf16"]
-
-
-def _examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 @tokenizer_app.command("train", epilog=_examples("llm-dist tokenizer train corpus/ --vocab-size 8192 --out tokenizer"))
@@ -225,24 +218,15 @@ def train(
     raise typer.Exit(exit_code_of(work))
 
 
-@app.command("eval", epilog=_examples("llm-dist eval runs/demo --data shards/holdout --json"))
-def evaluate(
-    checkpoint: Checkpoint,
-    data: Annotated[str, typer.Option(help="Shard folder, or URL of one, to score.")],
-    step: Step = None,
-    best: Best = False,
-    precision: Annotated[Precision | None, typer.Option(help="The run's own by default.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Perplexity and bits per byte on held-out shards, every token scored once."""
-
-    def work() -> Any:
-        from llm_dist import trained
-        from llm_dist.data.places import open_place
-
-        return trained.score(trained.find(checkpoint, step, best), open_place(data), precision)
-
-    _finish(work, as_json)
+app.command(
+    "eval",
+    epilog=_examples(
+        "llm-dist eval runs/demo --data shards/holdout --json",
+        "llm-dist eval runs/tagger --data test.conll --report errors",
+    ),
+)(scoring.evaluate)
+app.command(epilog=_examples("llm-dist compare runs/a runs/b --data test.tsv --metric macro_f1"))(scoring.compare)
+app.command(epilog=_examples("llm-dist predict runs/classifier texts.txt --out labels.jsonl"))(scoring.predict)
 
 
 @app.command(epilog=_examples('llm-dist generate runs/demo --prompt "The world" --temperature 0.8 --top-k 50'))
@@ -353,39 +337,6 @@ def _range(text: str) -> range:
     if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise UserError(f"--steps {text} must read A:B with A < B, for example 0:100")
     return range(int(first), int(last))
-
-
-def _finish(work: Callable[[], Any], as_json: bool) -> None:
-    def act() -> int:
-        _show(work(), as_json)
-        return 0
-
-    raise typer.Exit(exit_code_of(act))
-
-
-def _show(result: Any, as_json: bool) -> None:
-    fields = asdict(result) if is_dataclass(result) and not isinstance(result, type) else dict(result)
-    if as_json:
-        print(json.dumps(fields, default=str))
-        return
-    width = max(map(len, fields), default=0)
-    for name, value in fields.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            print(name.replace("_", " "))
-            for entry in value:
-                print("  " + ", ".join(f"{key.replace('_', ' ')} {_readable(item)}" for key, item in entry.items()))
-        else:
-            print(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.4f}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def main() -> None:

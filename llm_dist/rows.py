@@ -46,6 +46,9 @@ class Rows(NamedTuple):
     num_partner_tokens: TokenArray | None = None
     """[n]: how many tokens of `partners` are text; 0 where no other document was found."""
 
+    num_context: TokenArray | None = None
+    """[n]: the first so many positions of a row are scored elsewhere; None: none of them."""
+
     @property
     def num_rows(self) -> int:
         """How many there are, n."""

@@ -86,8 +86,14 @@ def find(path: Path, step: int | None = None, best: bool = False) -> Trained:
         raise UserError(
             f"{found.folder} does not lie in a run folder; keep it under RUN/checkpoints beside config.json"
         )
-    run = config.load(run_folder)
-    return Trained(run, found.step, found.folder, tokenizers.load(run_folder / "tokenizer"))
+    run, tokenizer = config.load(run_folder), tokenizers.load(run_folder / "tokenizer")
+    trained_with = layout.read_manifest(found.folder).fingerprints.get("tokenizer", tokenizer.fingerprint)
+    if trained_with != tokenizer.fingerprint:
+        raise UserError(
+            f"{tokenizer.folder}: has fingerprint {tokenizer.fingerprint[:12]}, the checkpoint was trained with "
+            f"{trained_with[:12]}; put the run's own tokenizer back"
+        )
+    return Trained(run, found.step, found.folder, tokenizer)
 
 
 def _find_hugging_face(path: Path) -> Trained:
@@ -104,8 +110,10 @@ def _find_hugging_face(path: Path) -> Trained:
     return Trained(run_of(source), 0, path, tokenizer, source)
 
 
-def score(trained: Trained, shards: ShardSet, precision: Precision | None = None) -> Evaluation:
-    """Evaluate on a shard folder made with the same tokenizer."""
+def score(
+    trained: Trained, shards: ShardSet, precision: Precision | None = None, stride_tokens: int | None = None
+) -> Evaluation:
+    """Evaluate on a shard folder made with the same tokenizer; windows of text begin `stride_tokens` apart."""
     if shards.tokenizer_fingerprint != trained.tokenizer.fingerprint:
         raise UserError(
             f"{shards.folder} was made with another tokenizer than this model; tokenize the text with the run's own, "
@@ -118,7 +126,7 @@ def score(trained: Trained, shards: ShardSet, precision: Precision | None = None
         return evaluate(
             trainee,
             objective,
-            held_out(run, shards),
+            held_out(run, shards, stride_tokens=stride_tokens),
             Runtime(0, 1, 0, _device()),
             sequences_per_batch=run.batch.sequences_per_micro_batch,
         )

@@ -41,6 +41,14 @@ def pytest_collection_finish() -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of two workers one runs the tests that start ranks, one after another, and the other all that start none."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.path.is_relative_to(ROOT / "tests" / "dist") or item.path.is_relative_to(ROOT / "tests" / "e2e"):
+                item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

@@ -24,6 +24,7 @@ FLOORS = (
     ("data", "curate", "engine", "generate", "curve"),
     ("checkpoint", "evaluate", "exchange", "probe"),
     ("train", "trained", "launcher"),
+    ("predictions", "harness"),
     ("cli",),
     ("__main__",),
 )
@@ -38,6 +39,8 @@ SHARED_ROOMS = {
     "tokenizer_chat": "tokenizer",
     "tokenizer_template": "tokenizer",
     "plan_memory": "plan",
+    "cli_manners": "cli",
+    "cli_scoring": "cli",
     "config_fields": "config",
     "config_lora": "config",
     "config_model": "config",
@@ -83,6 +86,7 @@ VENDORS = {
     "accelerate": ("llm_dist.engine.fsdp",),
     "torch.distributed.fsdp": ("llm_dist.engine.fsdp",),
     "torch.distributed._composable.fsdp": ("llm_dist.engine.fsdp",),
+    "lm_eval": ("llm_dist.harness",),
     "transformers": ("llm_dist.exchange", "llm_dist.tokenizer_import"),
 }
 """The only modules that may import each vendor."""

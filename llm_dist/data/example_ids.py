@@ -1,4 +1,4 @@
-"""Labelled examples to ids: `[cls] text [sep]`, `[cls] text [sep] pair [sep]` or `[cls] words [sep]`, each with labels.
+"""Examples to ids: `[cls] text [sep]`, `[cls] text [sep] pair [sep]` or `[cls] words [sep]`, each with labels.
 
 A word's tag stands at its first piece. Conversations have the form that the tokenizer gives them, and the label
 "response" at what an assistant says. Knows no files and no shards.
@@ -52,16 +52,29 @@ def documents(
     """
     if task == "instruct":
         template = template_of(tokenizer)
-        yield from (_chats(batch, template, names.index(RESPONSE)) for batch in _batches(examples))
+        yield from (_chats(batch, template, names.index(RESPONSE)) for batch in batches(examples))
         return
+    for batch in batches(examples):
+        yield encoded(batch, task, tokenizer, names)
+
+
+def encoded(batch: Sequence[Example], task: Task, tokenizer: Tokenizer, names: Sequence[str] | None) -> list[Document]:
+    """Documents of some examples; without `names` each label is 0, which only says where one belongs.
+
+    Raises:
+        UserError: a label that is not among `names`.
+    """
     encode = _classified if task == "classify" else _tagged
-    label_ids = {name: id_ for id_, name in enumerate(names)}
-    for batch in _batches(examples):
+    if names is None:
+        labels = [[0] * (1 if task == "classify" else len(example.texts)) for example in batch]
+    else:
+        label_ids = {name: id_ for id_, name in enumerate(names)}
         labels = [_label_ids(example, label_ids) for example in batch]
-        yield encode(batch, labels, tokenizer)
+    return encode(batch, labels, tokenizer)
 
 
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """As many examples as are encoded at once."""
     batch: list[Example] = []
     num_characters = 0
     for example in examples:

@@ -1,17 +1,38 @@
-"""Rows of files whose lines are cut into columns: .tsv, .csv and CoNLL. Knows no task, no tokenizer and no shards."""
+"""Rows of files whose lines are cut into columns, .tsv, .csv and CoNLL, or are a text each.
+
+Knows no task, no tokenizer and no shards.
+"""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from llm_dist.data.example_fields import Field, FieldsOf, Row, chosen_columns, fields_among, lines_of
-from llm_dist.data.inputs import InputFile
+from llm_dist.data.inputs import InputFile, naming, open_stream
 from llm_dist.errors import UserError
 
 _LONGEST_CSV_FIELD = 1 << 24
 """Characters; the limit of Python's csv, 131072, is shorter than some documents."""
+_WORD_AND_TAG = re.compile(r"-DOCSTART-.*|\S+(\s\S+)*\s(O|[BIES]-\S+)")
+
+
+def text_rows(file: InputFile, fields: Sequence[Field], *, is_of_words: bool) -> Iterator[Row]:
+    """Each line is a text, or words that blanks divide; it is left to `examples` to refuse empty ones."""
+    if len(fields) > 1:
+        keys = " and ".join(field.key for field in fields)
+        raise UserError(f"{file.shown}: a line holds one text, the model reads pairs ({keys}); name a .tsv or .jsonl")
+    with naming(file), open_stream(file) as stream:
+        for number, line in lines_of(file, stream):
+            text = line.rstrip("\r\n")
+            if is_of_words and number == 1 and _WORD_AND_TAG.fullmatch(text):
+                raise UserError(
+                    f"{file.shown}: line 1: {text!r} looks like a word and its tag, not like a sentence; "
+                    "call such a file .conll"
+                )
+            yield Row("line", number, [text.split() if is_of_words else text])
 
 
 def delimited_rows(file: InputFile, stream: BinaryIO, wanted: Sequence[Field] | FieldsOf) -> Iterator[Row]:
@@ -125,7 +146,7 @@ def sentence_rows(file: InputFile, stream: BinaryIO, fields: Sequence[Field]) ->
 def _word(
     file: InputFile, number: int, columns: list[str], fields: Sequence[Field], positions: Sequence[int]
 ) -> list[str]:
-    if len(columns) < 2:
+    if len(columns) < len(fields):
         raise UserError(
             f"{file.shown}: line {number}: too few columns, {' '.join(columns)!r} alone; "
             "write the word, a tab and its tag"

@@ -9,6 +9,9 @@ and, as the last one, the separator at the stream's start, which closes the last
 The last window has n - (windows - 1) T scored positions; behind them stand separators that are not scored. Bits per
 byte = nats / ln 2 / num_bytes, num_bytes being the UTF-8 bytes of the text.
 
+With a stride N < T windows begin at every N-th token, and all but the first score only their last N positions: every
+token is still scored once, with at least T - N tokens of context as soon as there are so many before it.
+
 Where documents are read one by one (`data.packing="separate"`, labelled data), so they are here, in their order.
 Knows no model and no torch.
 """
@@ -93,15 +96,19 @@ class HoldoutWindows:
         sequence_tokens: int,
         document_mask: bool = False,
         max_sequences: int | None = None,
+        stride_tokens: int | None = None,
     ) -> None:
-        """`max_sequences` takes at most that many windows, spread evenly over the stream."""
+        """`max_sequences` takes at most that many windows, spread evenly over the stream; T is the default stride."""
         assert max_sequences is None or max_sequences > 0
+        stride_tokens = stride_tokens or sequence_tokens
+        assert stride_tokens <= sequence_tokens
         self._shards = shards
         self.sequence_tokens = sequence_tokens
         self.document_mask = document_mask
-        num_all = -(-shards.num_tokens // sequence_tokens)
-        self._starts = _spread(num_all, max_sequences) * sequence_tokens
+        num_all = 1 + -(-max(0, shards.num_tokens - sequence_tokens) // stride_tokens)
+        self._starts = _spread(num_all, max_sequences) * stride_tokens
         self._num_scored = np.minimum(sequence_tokens, shards.num_tokens - self._starts)
+        self._num_context = np.where(self._starts > 0, sequence_tokens - stride_tokens, 0)
 
     @property
     def num_windows(self) -> int:
@@ -111,7 +118,7 @@ class HoldoutWindows:
     @property
     def num_scored_tokens(self) -> int:
         """Targets scored over all windows; the folder's number of tokens unless `max_sequences` cut it short."""
-        return int(self._num_scored.sum())
+        return int((self._num_scored - self._num_context).sum())
 
     @property
     def num_bytes(self) -> int:
@@ -140,4 +147,12 @@ class HoldoutWindows:
             tokens[row, end + 1 :] = tokens[row, end]
             if ids is not None:
                 ids[row, end:] = ids[row, end]
-        return Rows(tokens[:, :-1], tokens[:, 1:], num_scored, ids, chosen.start, row_stride=chosen.step)
+        return Rows(
+            tokens[:, :-1],
+            tokens[:, 1:],
+            num_scored,
+            ids,
+            chosen.start,
+            row_stride=chosen.step,
+            num_context=self._num_context[picked],
+        )

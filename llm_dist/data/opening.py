@@ -69,12 +69,30 @@ def open_holdouts(run: Config, train: ShardSet) -> dict[str, ShardSet]:
     return opened
 
 
-def held_out(run: Config, shards: ShardSet, max_sequences: int | None = None) -> Windows:
-    """A held-out folder in the windows that the run's objective reads; at most `max_sequences` of them."""
+def held_out(
+    run: Config, shards: ShardSet, max_sequences: int | None = None, stride_tokens: int | None = None
+) -> Windows:
+    """A held-out folder in the windows that the run's objective reads; at most `max_sequences` of them.
+
+    Raises:
+        UserError: its windows cannot slide by `stride_tokens`.
+    """
+    if stride_tokens is not None:
+        _check_stride(run, stride_tokens)
     if not _is_separate(run):
-        return HoldoutWindows(shards, run.text_tokens, run.data.document_mask, max_sequences)
+        return HoldoutWindows(shards, run.text_tokens, run.data.document_mask, max_sequences, stride_tokens)
     pair_seed = run.run.seed if _needs_partners(run) else None
     return SeparateWindows(_separate(run, shards), shards.num_bytes, max_sequences, pair_seed)
+
+
+def _check_stride(run: Config, stride_tokens: int) -> None:
+    if run.objective.name != "causal" or _is_separate(run):
+        raise UserError(
+            f"--stride {stride_tokens}: windows slide over a stream of text; this run has objective.name="
+            f'"{run.objective.name}" and data.packing="{run.data.packing}"; leave the option out'
+        )
+    if not 0 < stride_tokens <= run.text_tokens:
+        raise UserError(f"--stride {stride_tokens}: must be from 1 to data.sequence_tokens={run.text_tokens}")
 
 
 def settled(run: Config, reading: Reading) -> Config:

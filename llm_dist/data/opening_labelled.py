@@ -86,8 +86,14 @@ def tokenizer_of(run: Config) -> str | None:
 def _check_labels(shards: ShardSet, names: Sequence[str] | None) -> None:
     if shards.labels is None:
         raise UserError("holds no labels; name a labelled file, or shards that were made of one")
-    if names is not None and (unknown := set(shards.labels.names) - set(names)):
-        raise UserError(f"label {min(unknown)!r} is unknown; the model knows {', '.join(names)}")
+    if names is None or tuple(names) == shards.labels.names:
+        return
+    known, found = ", ".join(names), ", ".join(shards.labels.names)
+    if unknown := set(shards.labels.names) - set(names):
+        raise UserError(f"label {min(unknown)!r} is unknown; the model knows {known}")
+    raise UserError(
+        f"its labels are {found}, the model's are {known}: ids differ; make the shards with these data.labels"
+    )
 
 
 def _check_lengths(run: Config, shards: ShardSet) -> None:

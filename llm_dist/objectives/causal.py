@@ -33,6 +33,9 @@ class Causal(Unscored):
             is_marked = torch.zeros(num_present, sequence_tokens, dtype=torch.bool)
             is_marked[:, :-1] = torch.from_numpy(rows.targets[:, 1:] != NOT_LABELLED)
             labels[:num_present][~is_marked] = NOT_SCORED
+        if rows.num_context is not None:
+            is_context = torch.arange(sequence_tokens) < torch.from_numpy(rows.num_context)[:, None]
+            labels[:num_present][is_context] = NOT_SCORED
         if rows.document_ids is None:
             return Batch(input_ids, labels)
         documents = torch.zeros(num_rows, sequence_tokens, dtype=torch.int64)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from llm_dist.batch import NOT_SCORED, Batch, LossSum
+from llm_dist.batch import NOT_SCORED, Batch
 from llm_dist.model.transformer import Transformer
 from llm_dist.objectives.labelled import Labelled
 from llm_dist.objectives.masked import at, filled
@@ -25,10 +26,9 @@ class Classify(Labelled):
         labels = filled(rows.targets.astype(np.int64), num_rows, NOT_SCORED)[:, None]
         return replace(batch, labels=labels, scored=place[:, None])
 
-    def loss(self, model: Transformer, batch: Batch) -> LossSum:
-        """Cross-entropy of the labels."""
-        assert batch.scored is not None and model.class_head is not None
-        hidden = at(model(batch.input_ids, None, batch.document_ids, segment_ids=batch.segment_ids), batch.scored)
-        pooled = hidden if model.pooler is None else model.pooler(hidden)
-        result: LossSum = model.class_head(pooled, batch.labels, self.weights_on(hidden.device))
-        return result
+    def hidden(self, model: Transformer, batch: Batch) -> Tensor:
+        """Of the one position that stands for each row: [B, 1, D]."""
+        assert batch.scored is not None
+        states = at(model(batch.input_ids, None, batch.document_ids, segment_ids=batch.segment_ids), batch.scored)
+        pooled: Tensor = states if model.pooler is None else model.pooler(states)
+        return pooled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from llm_dist import config
 from llm_dist.batch import Batch, LossSum
+from llm_dist.model.transformer import Transformer
 from llm_dist.objectives.confusion import confusion, scores_of
 from llm_dist.objectives.masked import filled
 from llm_dist.rows import Rows
@@ -20,7 +22,7 @@ TRIMMED_TO = 16
 """A batch is as long as its longest row, rounded up to a multiple of this: few shapes, little padding."""
 
 
-class Labelled:
+class Labelled(ABC):
     """Part of objectives that learn classes from labels that people gave."""
 
     scores_text = has_perplexity = False
@@ -31,6 +33,21 @@ class Labelled:
         self.labels = list(run.data.labels)
         self.num_counts = len(self.labels) ** 2
         self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+
+    @abstractmethod
+    def make_batch(self, rows: Rows, num_rows: int) -> Batch:
+        """Batch of exactly `num_rows` rows; those beyond `rows` are absent and weigh nothing."""
+
+    @abstractmethod
+    def hidden(self, model: Transformer, batch: Batch) -> Tensor:
+        """Hidden states of the positions that `batch.labels` [B, S] belong to: [B, S, D]."""
+
+    def loss(self, model: Transformer, batch: Batch) -> LossSum:
+        """Cross-entropy of the labels."""
+        assert model.class_head is not None
+        hidden = self.hidden(model, batch)
+        result: LossSum = model.class_head(hidden, batch.labels, self.weights_on(hidden.device))
+        return result
 
     def weights_on(self, device: torch.device) -> Tensor | None:
         """What multiplies the loss of each label."""

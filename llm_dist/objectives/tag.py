@@ -55,9 +55,7 @@ class Tag(Labelled):
         targets = rows.targets[:, : batch.input_ids.size(1)].astype(np.int64)
         return replace(batch, labels=filled(targets, num_rows, NOT_SCORED))
 
-    def loss(self, model: Transformer, batch: Batch) -> LossSum:
-        """Cross-entropy of the labels."""
-        assert model.class_head is not None
-        hidden = model(batch.input_ids, None, batch.document_ids, segment_ids=batch.segment_ids)
-        result: LossSum = model.class_head(hidden, batch.labels, self.weights_on(hidden.device))
-        return result
+    def hidden(self, model: Transformer, batch: Batch) -> Tensor:
+        """Of every position: [B, T, D]."""
+        states: Tensor = model(batch.input_ids, None, batch.document_ids, segment_ids=batch.segment_ids)
+        return states

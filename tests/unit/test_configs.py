@@ -18,6 +18,8 @@ EXPECTED = {  # file: ranks and GPU its head comment names, millions of paramete
     "30m-mixture": (1, "4090", 25),
     "125m": (1, "H100", 126),
     "gpt2-124m": (8, "A100-80", 124),
+    "encoder-small": (2, "4090", 2),
+    "finetune": (2, "4090", 2),
     "bert-110m": (8, "A100-80", 110),
     "modernbert-149m": (8, "H100", 150),
     "1b": (8, "H100", 1382),

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from llm_dist import config
 from llm_dist.batch import NOT_SCORED, LossSum
 from llm_dist.data.holdout import HoldoutWindows
 from llm_dist.data.index import open_shards
 from llm_dist.evaluate import evaluate
+from llm_dist.model.init import initialize
+from llm_dist.model.transformer import Transformer
 from llm_dist.objectives.causal import Causal
 from llm_dist.objectives.instruct import Instruct
+from llm_dist.objectives.objective import Trainee
 from llm_dist.tokenizer_training import train
 from tests.unit.data.tiny_shards import write_shards
 
@@ -128,3 +132,36 @@ class Marked:
         targets = np.full(rows.inputs.shape, -100)
         targets[:, 1:4] = 0
         return rows._replace(num_scored=None, targets=targets)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_sliding_windows_score_every_token_once_with_so_much_context(shards, stride):
+    opened, stream = shards
+    tokens = 8
+    model_run = config.parse(
+        {
+            "run": {"name": "x", "steps": 1},
+            "model": {"layers": 1, "d_model": 16, "heads": 2, "max_sequence_tokens": 16},
+            "data": {"train": "nowhere", "sequence_tokens": tokens},
+            "batch": {"tokens_per_step": tokens},
+        }
+    )
+    model = Transformer(model_run.model, opened.vocabulary_tokens, torch.float32)
+    initialize(model, model_run.model, 0.5, 1)
+    windows = HoldoutWindows(opened, tokens, stride_tokens=stride)
+    with torch.no_grad():
+        found = evaluate(Trainee(model, Causal()), Causal(), windows, OneOf(0, 1))
+        expected = 0.0
+        circle = np.concatenate([stream, stream[:1]]).astype(np.int64)
+        for target in range(1, len(circle)):
+            # The first window that holds the target; every earlier window ends before it.
+            window = max(0, -(-(target - tokens) // stride))
+            first = window * stride
+            assert target - first >= min(target, tokens - stride + 1)
+            logits = model.language.logits(model(torch.from_numpy(circle[None, first:target])))[0, -1]
+            expected -= logits.log_softmax(0)[circle[target]].item()
+    assert found.tokens == NUM_TOKENS and found.bytes == opened.num_bytes
+    assert found.loss_nats == pytest.approx(expected / NUM_TOKENS, rel=1e-5)
+    if stride == tokens:
+        with torch.no_grad():
+            assert evaluate(Trainee(model, Causal()), Causal(), HoldoutWindows(opened, tokens), OneOf(0, 1)) == found

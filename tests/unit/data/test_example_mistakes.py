@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 from tests.unit.data.tiny_examples import mistake, table, written
 
+PACKED = gzip.compress(b'{"text": "a", "label": 1}', mtime=0)  # else the time would stand in it
 CLASSIFY_MISTAKES: list[tuple[str, str | bytes, dict[str, str], list[str]]] = [
     ("a.docx", "", {}, ["unknown type of file", ".tsv, .csv, .jsonl"]),
     ("a.conll", "", {}, ["holds words with tags", ".tsv, .csv, .jsonl"]),
@@ -44,7 +45,7 @@ CLASSIFY_MISTAKES: list[tuple[str, str | bytes, dict[str, str], list[str]]] = [
     ("a.jsonl", '{"text": "a", "label": null}', {}, [": line 1: the label (data.label_column) is empty"]),
     ("a.jsonl", '{"text": "a", "label": 0.5}', {}, ["data.label_column", "a float", "a string nor an integer"]),
     ("a.jsonl", '{"text": "a", "label": ["x"]}', {}, ["data.label_column", "a list", "a string nor an integer"]),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a", "label": 1}')[:-4], {}, ["broken .gz file", "fetch it again"]),
+    ("a.jsonl.gz", PACKED[:-4], {}, ["broken .gz file", "fetch it again"]),
     ("a.parquet", b"PAR1 but no more", {}, ["broken .parquet file", "fetch it again"]),
 ]
 
