@@ -121,7 +121,7 @@ def _convert(source: Path, partial: Path) -> Imported:
     keys = _table(source / "special_tokens_map.json") | keys
     template = source / "chat_template.jinja"
     if template.is_file():
-        keys.setdefault("chat_template", template.read_text(encoding="utf-8"))
+        keys["chat_template"] = template.read_text(encoding="utf-8")  # as transformers does: it counts before the key
     roles = _roles(source, runtime, keys)
     definition = json.loads((partial / DEFINITION_FILE).read_text(encoding="utf-8"))
     imported = Imported(IMPORTED, roles.vocabulary_tokens, fingerprint_of(definition, IMPORTED, roles))
