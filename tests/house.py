@@ -41,6 +41,8 @@ SHARED_ROOMS = {
     "plan_memory": "plan",
     "cli_manners": "cli",
     "cli_scoring": "cli",
+    "cli_writing": "cli",
+    "prompts": "generate",
     "config_fields": "config",
     "config_lora": "config",
     "config_model": "config",

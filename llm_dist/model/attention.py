@@ -69,6 +69,13 @@ def visible(num_queries: int, num_keys: int, model: config.Model, *, is_windowed
     return behind.abs() <= (model.window_tokens // 2 if is_windowed and model.window_tokens else num_keys)
 
 
+def visible_by_position(positions: Tensor, num_keys: int, model: config.Model, *, is_windowed: bool) -> Tensor:
+    """Bool [B, 1, T, keys]: which keys a causal query at int64 `positions` [B, T] may see; key j is at position j."""
+    behind = positions[:, None, :, None] - torch.arange(num_keys, device=positions.device)
+    may = behind >= 0
+    return may & (behind < model.window_tokens) if is_windowed and model.window_tokens else may
+
+
 def same_document(document_ids: Tensor) -> Tensor:
     """document_ids int64 [B, T] -> bool [B, 1, T, T]: true where query and key are of one document."""
     return document_ids[:, None, :, None] == document_ids[:, None, None, :]
@@ -104,6 +111,76 @@ class Cache:
     def num_tokens(self) -> int:
         """Tokens seen."""
         return self.layers[0].num_tokens
+
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Positions int64 [B or 1, T] of the next `num_tokens`."""
+        return torch.arange(self.num_tokens, self.num_tokens + num_tokens, device=device)[None]
+
+
+class RowsLayerCache(LayerCache):
+    """Keys and values of one layer, of rows that have seen different numbers of tokens."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        # Columns that a shorter row has not reached are masked, and nothing times a NaN would still be NaN.
+        super().__init__(keys.zero_(), values.zero_())
+        self.lengths = [0] * keys.size(0)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put [B, K, T, E] each behind what each row has seen; return as many columns as the longest row has."""
+        num_tokens = keys.size(2)
+        end = max(self.lengths) + num_tokens
+        assert end <= self.keys.size(2), f"cache of {self.keys.size(2)} tokens cannot hold {end}"
+        columns = torch.tensor(self.lengths, device=keys.device)[:, None] + torch.arange(num_tokens, device=keys.device)
+        rows = torch.arange(len(self.lengths), device=keys.device)[:, None]
+        self.keys[rows, :, columns] = keys.transpose(1, 2)
+        self.values[rows, :, columns] = values.transpose(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget the other rows."""
+        for kept in (self.keys, self.values):
+            kept[: len(rows)] = kept[rows]
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+
+
+class RowsCache(Cache):
+    """The layers' caches of rows of different lengths. All begin at column 0, so that a column is a position.
+
+    A forward pass may read padding at the end of shorter rows; `advance` then says how much of each row counts, and
+    what stands behind it is never seen and written over by the next pass.
+    """
+
+    def __init__(
+        self, model: config.Model, num_sequences: int, max_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(model, num_sequences, max_tokens, dtype, device)
+        self.rows = [RowsLayerCache(layer.keys, layer.values) for layer in self.layers]
+        self.layers = [*self.rows]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the longest row has seen."""
+        return max(self.rows[0].lengths)
+
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Positions int64 [B, T] of each row's next `num_tokens`."""
+        seen = torch.tensor(self.rows[0].lengths, device=device)
+        return seen[:, None] + torch.arange(num_tokens, device=device)
+
+    def advance(self, num_tokens: list[int]) -> None:
+        """Count so many tokens of each row as seen."""
+        self._set_lengths([seen + more for seen, more in zip(self.rows[0].lengths, num_tokens, strict=True)])
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget the other rows."""
+        lengths = [self.rows[0].lengths[row] for row in rows]
+        for layer in self.rows:
+            layer.keep(rows)
+        self._set_lengths(lengths)
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        for layer in self.rows:
+            layer.lengths = lengths
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool = True) -> Tensor:
