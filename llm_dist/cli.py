@@ -232,6 +232,7 @@ app.command(
         "llm-dist generate runs/demo --prompts prompts.txt --min-p 0.05 --json",
     )
 )(writing.generate)
+app.command(epilog=_examples('llm-dist attention runs/demo --text "The world" --out attention.html'))(writing.attention)
 
 
 @app.command(epilog=_examples("llm-dist export runs/demo --out demo-hf"))

@@ -1,4 +1,4 @@
-"""The command of `llm-dist` that lets a model write."""
+"""Commands of `llm-dist` that let a model write, and look into it while it reads."""
 
 from __future__ import annotations
 
@@ -60,6 +60,35 @@ def generate(
             _write_one(source, said[0], max_tokens, sampling, seed, as_json)
         else:
             _write_all(source, texts, said, max_tokens, sampling, seed, batch, as_json)
+        return 0
+
+    raise typer.Exit(exit_code_of(work))
+
+
+def attention(
+    checkpoint: Checkpoint,
+    text: Annotated[str, typer.Option(help="Text to read.")],
+    out: Annotated[Path, typer.Option("--out", help="Picture (.png) or page (.html) to write.")],
+    layer: Annotated[int | None, typer.Option(help="Only this layer; the first is 0.")] = None,
+    head: Annotated[
+        str, typer.Option(metavar="N|mean|all", help="A head, the first is 0; their mean; or all.")
+    ] = "mean",
+    step: Step = None,
+    best: Best = False,
+    as_json: Json = False,
+) -> None:
+    """Show what each token looks at: a row for the token that looks, a column for the one looked at."""
+
+    def work() -> int:
+        from llm_dist import attention_map, trained
+
+        attention_map.check_place(out)
+        source = trained.find(checkpoint, step, best)
+        chosen = attention_map.choose(source.run.model, layer, head)
+        ids = attention_map.ids_of(source.tokenizer, text, source.run.model)
+        maps = attention_map.weights(source.model(), ids, chosen)
+        tokens = attention_map.shown_tokens(source.tokenizer, ids)
+        show(attention_map.draw(maps, tokens, out), as_json)
         return 0
 
     raise typer.Exit(exit_code_of(work))

@@ -21,7 +21,7 @@ FLOORS = (
     ("config", "runtime"),
     ("model", "tokenizer", "optim"),
     ("plan", "objectives", "metrics"),
-    ("data", "curate", "engine", "generate", "curve"),
+    ("data", "curate", "engine", "generate", "curve", "attention_map"),
     ("checkpoint", "evaluate", "exchange", "probe"),
     ("train", "trained", "launcher"),
     ("predictions", "harness"),

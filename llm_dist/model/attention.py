@@ -203,6 +203,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is
     )
 
 
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, *, is_causal: bool = True) -> Tensor:
+    """Weights fp32 [B, H, T, S] by which `attend` sums values; for looking at, as it holds all of them."""
+    key = key.repeat_interleave(query.size(1) // key.size(1), 1)
+    scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.size(-1))
+    if mask is None and is_causal and query.size(2) > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
+
+
 def attention_is_widened(query: Tensor, num_keys: int) -> bool:
     """Whether bf16 attention runs on fp32 copies: on a CPU, where that is the faster backward pass."""
     on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
@@ -226,16 +235,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        split = (*x.shape[:2], -1, self.d_head)
-        query, key, value = self.query(x).view(split), self.key(x).view(split), self.value(x).view(split)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key, value = self.projected(x, rotary)
         if cache is not None:
             key, value = cache.extend(key, value)
         mixed: Tensor = self.output(
             attend(query, key, value, mask, is_causal=self.is_causal).transpose(1, 2).flatten(2)
         )
         return mixed
+
+    def weights(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
+        """Fp32 [B, H, T, T]: how much of each value, last, goes into the output at each place; as `forward` has it."""
+        query, key, _ = self.projected(x, rotary)
+        return attention_weights(query, key, mask, is_causal=self.is_causal)
+
+    def projected(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, H, T, E], key and value [B, K, T, E] of x [B, T, D], normed and turned."""
+        split = (*x.shape[:2], -1, self.d_head)
+        query, key, value = self.query(x).view(split), self.key(x).view(split), self.value(x).view(split)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

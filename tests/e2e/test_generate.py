@@ -34,3 +34,21 @@ def test_what_cannot_be_gone_on_from_is_one_line(finished, tmp_path):
     assert "min_p=2" in llm_dist("generate", finished, "--min-p", "2").mistake
     assert "repetition_penalty=0" in llm_dist("generate", finished, "--repetition-penalty", "0").mistake
     assert "No such file" in llm_dist("generate", finished, "--prompts", tmp_path / "none.txt").mistake
+
+
+def test_attention_is_drawn(finished, tmp_path):
+    words = ("attention", finished, "--text", "Return the list", "--out")
+    drawn = llm_dist(*words, tmp_path / "a.png", "--json").json
+    assert drawn["maps"] == 2 and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert llm_dist(*words, tmp_path / "a.html", "--layer", "1", "--head", "all", "--json").json["maps"] == 2
+    page = (tmp_path / "a.html").read_text()
+    assert '"layer 1, head 1"' in page and '\\u003c|endoftext|>"' in page and '" the"' in page
+
+
+def test_what_cannot_be_drawn_is_one_line(finished, tmp_path):
+    words = ("attention", finished, "--out", tmp_path / "a.png", "--text")
+    assert "layers 0 to 1" in llm_dist(*words, "a", "--layer", "2").mistake
+    assert "0 to 1" in llm_dist(*words, "a", "--head", "2").mistake
+    assert "max_sequence_tokens=64" in llm_dist(*words, "word " * 100).mistake
+    assert "holds no token" in llm_dist(*words, "").mistake
+    assert "must end in" in llm_dist("attention", finished, "--text", "a", "--out", tmp_path / "a.gif").mistake
