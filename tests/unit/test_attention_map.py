@@ -62,3 +62,27 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
     for name, said in (("a.pdf", "must end in"), ("none/a.png", "no folder")):
         with pytest.raises(UserError, match=said):
             attention_map.check_place(tmp_path / name)
+
+
+class Letters:
+    """Ids 0, 3 and 4 are special; those from 8 on are characters."""
+
+    separator_id, special_ids = 0, {"<|cls|>": 3, "<|sep|>": 4}
+
+    def encode(self, text):
+        return [ord(character) for character in text]
+
+    def decode(self, ids):
+        return "".join(chr(id_) for id_ in ids if id_ >= 8)
+
+    def id_to_token(self, id_):
+        return {0: "<|endoftext|>", 3: "<|cls|>", 4: "<|sep|>"}.get(id_, f"<{id_}>")
+
+
+def test_decoders_read_a_separator_and_the_text_and_encoders_what_they_learnt():
+    assert attention_map.ids_of(Letters(), "ab", small("llama")) == [0, 97, 98]
+    ids = attention_map.ids_of(Letters(), "a ", small("modernbert"))
+    assert ids == [3, 97, 32, 4]
+    assert attention_map.shown_tokens(Letters(), ids) == ["<|cls|>", "a", "<32>", "<|sep|>"]
+    with pytest.raises(UserError, match="63 tokens long"):
+        attention_map.ids_of(Letters(), "a" * 61, small("bert", max_sequence_tokens=62))
