@@ -7,22 +7,19 @@ last line; a user's mistake is one line on standard error and exit code 2.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from llm_dist import cli_scoring as scoring
+from llm_dist import cli_writing as writing
 from llm_dist.cli_manners import Best, Checkpoint, Json, Precision, Step
 from llm_dist.cli_manners import examples as _examples
 from llm_dist.cli_manners import finish as _finish
 from llm_dist.cli_manners import show as _show
 from llm_dist.errors import UserError, exit_code_of
-
-if TYPE_CHECKING:
-    from llm_dist.tokenizer_chat import Message
 
 SETTINGS: dict[str, Any] = {
     "add_completion": False,
@@ -229,50 +226,13 @@ app.command(epilog=_examples("llm-dist compare runs/a runs/b --data test.tsv --m
 app.command(epilog=_examples("llm-dist predict runs/classifier texts.txt --out labels.jsonl"))(scoring.predict)
 
 
-@app.command(epilog=_examples('llm-dist generate runs/demo --prompt "The world" --temperature 0.8 --top-k 50'))
-def generate(
-    checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Option(help="Text to go on from; may be empty.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample among the K likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that make up this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seeds the sampling.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt: for runs that learnt responses.")] = False,
-    system: Annotated[str | None, typer.Option(help="What the answering side is told first, with --chat.")] = None,
-    step: Step = None,
-    best: Best = False,
-    as_json: Json = False,
-) -> None:
-    """Let a model write."""
-
-    def work() -> int:
-        from llm_dist import trained
-        from llm_dist.generate import generate as run
-
-        said = _conversation(prompt, system) if chat else prompt
-        if system is not None and not chat:
-            raise UserError("--system is part of a conversation; add --chat")
-        source = trained.find(checkpoint, step, best)
-        stream = sys.stderr if as_json else sys.stdout
-        stream.write("" if chat else prompt)
-        result = run(
-            source.model(),
-            source.tokenizer,
-            said,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            on_text=lambda text: (stream.write(text), stream.flush()),
-        )
-        stream.write("\n")
-        if as_json:
-            _show(result, as_json)
-        return 0
-
-    raise typer.Exit(exit_code_of(work))
+app.command(
+    epilog=_examples(
+        'llm-dist generate runs/demo --prompt "The world" --temperature 0.8 --top-k 50',
+        "llm-dist generate runs/demo --prompts prompts.txt --min-p 0.05 --json",
+    )
+)(writing.generate)
+app.command(epilog=_examples('llm-dist attention runs/demo --text "The world" --out attention.html'))(writing.attention)
 
 
 @app.command(epilog=_examples("llm-dist export runs/demo --out demo-hf"))
@@ -322,14 +282,6 @@ def curve(
         return picture.draw(run, out)
 
     _finish(work, as_json)
-
-
-def _conversation(prompt: str, system: str | None) -> list[Message]:
-    from llm_dist.tokenizer_chat import Message
-
-    if not prompt:
-        raise UserError("--chat answers a prompt; give one with --prompt")
-    return [*([] if system is None else [Message("system", system)]), Message("user", prompt)]
 
 
 def _range(text: str) -> range:

@@ -69,6 +69,13 @@ def visible(num_queries: int, num_keys: int, model: config.Model, *, is_windowed
     return behind.abs() <= (model.window_tokens // 2 if is_windowed and model.window_tokens else num_keys)
 
 
+def visible_by_position(positions: Tensor, num_keys: int, model: config.Model, *, is_windowed: bool) -> Tensor:
+    """Bool [B, 1, T, keys]: which keys a causal query at int64 `positions` [B, T] may see; key j is at position j."""
+    behind = positions[:, None, :, None] - torch.arange(num_keys, device=positions.device)
+    may = behind >= 0
+    return may & (behind < model.window_tokens) if is_windowed and model.window_tokens else may
+
+
 def same_document(document_ids: Tensor) -> Tensor:
     """document_ids int64 [B, T] -> bool [B, 1, T, T]: true where query and key are of one document."""
     return document_ids[:, None, :, None] == document_ids[:, None, None, :]
@@ -105,6 +112,76 @@ class Cache:
         """Tokens seen."""
         return self.layers[0].num_tokens
 
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Positions int64 [B or 1, T] of the next `num_tokens`."""
+        return torch.arange(self.num_tokens, self.num_tokens + num_tokens, device=device)[None]
+
+
+class RowsLayerCache(LayerCache):
+    """Keys and values of one layer, of rows that have seen different numbers of tokens."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        # Columns that a shorter row has not reached are masked, and nothing times a NaN would still be NaN.
+        super().__init__(keys.zero_(), values.zero_())
+        self.lengths = [0] * keys.size(0)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put [B, K, T, E] each behind what each row has seen; return as many columns as the longest row has."""
+        num_tokens = keys.size(2)
+        end = max(self.lengths) + num_tokens
+        assert end <= self.keys.size(2), f"cache of {self.keys.size(2)} tokens cannot hold {end}"
+        columns = torch.tensor(self.lengths, device=keys.device)[:, None] + torch.arange(num_tokens, device=keys.device)
+        rows = torch.arange(len(self.lengths), device=keys.device)[:, None]
+        self.keys[rows, :, columns] = keys.transpose(1, 2)
+        self.values[rows, :, columns] = values.transpose(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget the other rows."""
+        for kept in (self.keys, self.values):
+            kept[: len(rows)] = kept[rows]
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+
+
+class RowsCache(Cache):
+    """The layers' caches of rows of different lengths. All begin at column 0, so that a column is a position.
+
+    A forward pass may read padding at the end of shorter rows; `advance` then says how much of each row counts, and
+    what stands behind it is never seen and written over by the next pass.
+    """
+
+    def __init__(
+        self, model: config.Model, num_sequences: int, max_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(model, num_sequences, max_tokens, dtype, device)
+        self.rows = [RowsLayerCache(layer.keys, layer.values) for layer in self.layers]
+        self.layers = [*self.rows]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the longest row has seen."""
+        return max(self.rows[0].lengths)
+
+    def positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """Positions int64 [B, T] of each row's next `num_tokens`."""
+        seen = torch.tensor(self.rows[0].lengths, device=device)
+        return seen[:, None] + torch.arange(num_tokens, device=device)
+
+    def advance(self, num_tokens: list[int]) -> None:
+        """Count so many tokens of each row as seen."""
+        self._set_lengths([seen + more for seen, more in zip(self.rows[0].lengths, num_tokens, strict=True)])
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget the other rows."""
+        lengths = [self.rows[0].lengths[row] for row in rows]
+        for layer in self.rows:
+            layer.keep(rows)
+        self._set_lengths(lengths)
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        for layer in self.rows:
+            layer.lengths = lengths
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool = True) -> Tensor:
     """Attention of query [B, H, T, E] to key and value [B, K, S, E] under mask bool [B or 1, 1, T, S].
@@ -124,6 +201,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped).to(
         dtype
     )
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, *, is_causal: bool = True) -> Tensor:
+    """Weights fp32 [B, H, T, S] by which `attend` sums values; for looking at, as it holds all of them."""
+    key = key.repeat_interleave(query.size(1) // key.size(1), 1)
+    scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.size(-1))
+    if mask is None and is_causal and query.size(2) > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
 
 
 def attention_is_widened(query: Tensor, num_keys: int) -> bool:
@@ -149,16 +235,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        split = (*x.shape[:2], -1, self.d_head)
-        query, key, value = self.query(x).view(split), self.key(x).view(split), self.value(x).view(split)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key, value = self.projected(x, rotary)
         if cache is not None:
             key, value = cache.extend(key, value)
         mixed: Tensor = self.output(
             attend(query, key, value, mask, is_causal=self.is_causal).transpose(1, 2).flatten(2)
         )
         return mixed
+
+    def weights(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
+        """Fp32 [B, H, T, T]: how much of each value, last, goes into the output at each place; as `forward` has it."""
+        query, key, _ = self.projected(x, rotary)
+        return attention_weights(query, key, mask, is_causal=self.is_causal)
+
+    def projected(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, H, T, E], key and value [B, K, T, E] of x [B, T, D], normed and turned."""
+        split = (*x.shape[:2], -1, self.d_head)
+        query, key, value = self.query(x).view(split), self.key(x).view(split), self.value(x).view(split)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

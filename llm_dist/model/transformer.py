@@ -20,10 +20,12 @@ from llm_dist.model.attention import (
     Cache,
     LayerCache,
     Rotary,
+    RowsCache,
     rotary_tables,
     same_document,
     sinusoids,
     visible,
+    visible_by_position,
 )
 from llm_dist.model.heads import ClassHead, LanguageHead, Pooler
 from llm_dist.model.layers import Embedding, FeedForward, GatedFeedForward, norm_of
@@ -121,7 +123,7 @@ class Transformer(nn.Module):
 
         Args:
             input_ids: int64 [B, T].
-            positions: int64 [B, T]; when None, 0..T-1 after what `cache` has seen.
+            positions: int64 [B, T]; when None, 0..T-1 after what `cache` has seen of the row.
             document_ids: int64 [B, T]; attention stays among equal ids. None: the row is one document.
             cache: keys and values of the tokens before; extended by these.
             segment_ids: int64 [B, T]; None: all of the first segment.
@@ -129,9 +131,13 @@ class Transformer(nn.Module):
         assert cache is None or document_ids is None, "a cache holds one document per row"
         seen, num_tokens = (cache.num_tokens if cache else 0), input_ids.size(1)
         if positions is None:
-            positions = torch.arange(seen, seen + num_tokens, device=input_ids.device)[None]
+            device = input_ids.device
+            positions = cache.positions(num_tokens, device) if cache else torch.arange(num_tokens, device=device)[None]
         x = self._embed(input_ids, positions, segment_ids)
-        everywhere, windowed = self._sights(positions, document_ids, seen)
+        if isinstance(cache, RowsCache):
+            everywhere, windowed = self._sights_by_row(positions, seen)
+        else:
+            everywhere, windowed = self._sights(positions, document_ids, seen)
         for layer, block in enumerate(self.blocks):
             sight = windowed if self.config.is_windowed(layer) else everywhere
             x = block(x, sight.rotary, sight.mask, cache.layers[layer] if cache else None)
@@ -152,14 +158,32 @@ class Transformer(nn.Module):
 
     def _sights(self, positions: Tensor, document_ids: Tensor | None, seen: int) -> tuple[Sight, Sight]:
         """Of blocks that see everything, and of those that see a window."""
-        model = self.config
         same = None if document_ids is None else same_document(document_ids)
-        everywhere = Sight(self._rotary(positions, model.rope_theta), self._mask(positions, same, seen, False))
+        everywhere = self._mask(positions, same, seen, False)
+        is_windowed = self.config.window_tokens is not None
+        return self._sights_under(
+            positions, everywhere, self._mask(positions, same, seen, True) if is_windowed else None
+        )
+
+    def _sights_by_row(self, positions: Tensor, seen: int) -> tuple[Sight, Sight]:
+        """As `_sights`, of rows of different lengths, the longest of which has seen `seen` tokens."""
+        num_keys = seen + positions.size(1)
+        everywhere, windowed = (
+            visible_by_position(positions, num_keys, self.config, is_windowed=is_windowed)
+            for is_windowed in (False, True)
+        )
+        return self._sights_under(positions, everywhere, windowed)
+
+    def _sights_under(
+        self, positions: Tensor, everywhere_mask: Tensor | None, windowed_mask: Tensor | None
+    ) -> tuple[Sight, Sight]:
+        model = self.config
+        everywhere = Sight(self._rotary(positions, model.rope_theta), everywhere_mask)
         if model.window_tokens is None:
             return everywhere, everywhere
         theta = model.window_rope_theta or model.rope_theta
         rotary = everywhere.rotary if theta == model.rope_theta else self._rotary(positions, theta)
-        return everywhere, Sight(rotary, self._mask(positions, same, seen, True))
+        return everywhere, Sight(rotary, windowed_mask)
 
     def _mask(self, positions: Tensor, same: Tensor | None, seen: int, is_windowed: bool) -> Tensor | None:
         """None where attention needs none, or can tell by itself."""

@@ -28,6 +28,7 @@ COMMANDS = [
         ["train"],
         ["eval"],
         ["generate"],
+        ["attention"],
         ["export"],
         ["import"],
         ["curve"],

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from llm_dist.errors import UserError
 from llm_dist.exchange.export import export
-from llm_dist.generate import Sampling, continuation, generate, next_token
+from llm_dist.generate import (
+    Sampling,
+    continuation,
+    continuations,
+    generate,
+    generate_all,
+    less_repeated,
+    next_token,
+)
 from tests.unit.model.shapes import CAUSAL, VOCABULARY_TOKENS, built, small
 
 GREEDY = Sampling(temperature=0)
@@ -111,6 +119,10 @@ def test_mode_of_the_model_is_left_as_it_was():
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
         ("max_tokens", 0),
     ],
 )
@@ -144,3 +156,66 @@ def test_draws_follow_the_distribution():
     expected = torch.tensor([4.0, 2.0, 0.0]).softmax(0)
     assert counts[3] == 0
     torch.testing.assert_close(counts[:3] / 4000, expected, atol=0.03, rtol=0)
+
+
+ROWS = [[0, 11, 12, 13], [0], [0, *range(20, 41)], [0, 50, 51], [0, 11]]
+LIMITS = [12, 40, 30, 1, 25]
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, top_p=0.9, min_p=0.02, repetition_penalty=1.3)])
+def test_rows_written_together_are_those_written_one_by_one(kind, sampling):
+    model, seeds = built(small(kind)), range(5)
+    alone = [
+        list(continuation(model, ids, most, sampling, seed))
+        for ids, most, seed in zip(ROWS, LIMITS, seeds, strict=True)
+    ]
+    assert continuations(model, ROWS, LIMITS, sampling, seeds) == alone
+    end_ids = frozenset({alone[1][7], alone[2][3]})
+    ended = [ids[: next((place for place, id_ in enumerate(ids) if id_ in end_ids), len(ids))] for ids in alone]
+    assert continuations(model, ROWS, LIMITS, sampling, seeds, end_ids) == ended != alone
+
+
+def test_rows_keep_what_they_have_read_and_finished_rows_are_computed_no_more():
+    model, read = built(small("llama")), []
+    model.register_forward_pre_hook(lambda _, inputs: read.append(tuple(inputs[0].shape)))
+    continuations(model, [[0, 11, 12], [0], [0, 5]], [2, 5, 4], GREEDY, range(3))
+    assert read == [(3, 3), (3, 1), (2, 1), (2, 1), (1, 1)]
+
+
+def test_prompts_of_any_number_at_once_give_what_each_gives_alone():
+    model, prompts = built(small("gpt2")), ["ab", "", "a longer prompt", "x"]
+    alone = [generate(model, Letters(), p, max_tokens=60, seed=7 + i) for i, p in enumerate(prompts)]
+    for num_at_once in (1, 3, 32):
+        found = list(generate_all(model, Letters(), prompts, max_tokens=60, seed=7, num_at_once=num_at_once))
+        assert [(w.text, w.tokens) for w in found] == [(g.text, g.tokens) for g in alone]
+    assert model.training
+
+
+def test_a_prompt_without_room_is_named_before_anything_is_written():
+    model = built(small("gpt2", max_sequence_tokens=12))
+    with pytest.raises(UserError, match=r"^prompt 2: the prompt is 12 tokens long"):
+        generate_all(model, Letters(), ["a", "a" * 11])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_draws_are_among_those_hugging_face_keeps(seed):
+    logits_process = pytest.importorskip("transformers.generation.logits_process", reason="needs llm_dist[hf]")
+    logits = 3 * torch.randn(50, generator=torch.Generator().manual_seed(seed))
+    read = [3, 7, 7, int(logits.argmax()), int(logits.argmin())]
+    scores = logits_process.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([read]), logits[None].clone())
+    penalized = Sampling(0, repetition_penalty=1.7)
+    assert next_token(logits, penalized, torch.Generator(), read) == int(scores.argmax())
+    torch.testing.assert_close(less_repeated(logits, read, 1.7), scores[0], rtol=0, atol=0)
+    for warp in (
+        logits_process.TemperatureLogitsWarper(1.3),
+        logits_process.TopKLogitsWarper(20),
+        logits_process.TopPLogitsWarper(0.95),
+        logits_process.MinPLogitsWarper(0.1),
+    ):
+        scores = warp(None, scores)
+    sampling, generator = Sampling(1.3, 20, 0.95, 0.1, 1.7), torch.Generator().manual_seed(seed)
+    drawn = [next_token(logits, sampling, generator, read) for _ in range(3000)]
+    assert set(drawn) <= set(scores[0].isfinite().nonzero()[:, 0].tolist())
+    counts = torch.bincount(torch.tensor(drawn), minlength=50) / len(drawn)
+    torch.testing.assert_close(counts, scores[0].softmax(0), atol=0.04, rtol=0)
