@@ -11,7 +11,7 @@ import pytest
 
 from tests.pages import PAGES, ROOT, Block, blocks
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]  # the pages have some sixty commands
 
 SECONDS = 240
 """A block that takes longer hangs."""
