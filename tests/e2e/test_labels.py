@@ -201,7 +201,7 @@ LONG = "the team won " * 60
             f"text\tlabel\n{LONG}\tsport\n",
             "tokens, more than the model reads, data.sequence_tokens=64",
         ),
-        ("eval", "a.conll", "a O\n", "holds words with tags, not texts to classify"),
+        ("eval", "a.conll", "a O\n", "holds words with tags, not examples to classify"),
         ("predict", "a.txt", "one\n\ntwo\n", "a.txt: line 2: the text (data.text_column) is empty"),
         ("predict", "a.jsonl", '{"words": "x"}\n', "a.jsonl: line 1: no column text"),
         ("predict", "a.txt", LONG + "\n", "with --cut"),
