@@ -17,7 +17,7 @@ Checkpoint = Annotated[
     Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder, checkpoint folder or Hugging Face folder.")
 ]
 Step = Annotated[int | None, typer.Option(help="Checkpoint of this step instead of the latest.")]
-Best = Annotated[bool, typer.Option("--best", help="Checkpoint of the best validation loss.")]
+Best = Annotated[bool, typer.Option("--best", help="Checkpoint of the best validation (eval.best).")]
 Precision = Literal["fp32", "bf16"]
 
 

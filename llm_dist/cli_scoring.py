@@ -46,7 +46,6 @@ def evaluate(
 
     def work() -> int:
         from llm_dist import trained
-        from llm_dist.data.places import open_place
 
         if (data is None) == (tasks is None):
             raise UserError("what to score? name either --data or --tasks")
@@ -67,7 +66,7 @@ def evaluate(
             return 0
         if report is not None:
             raise UserError(f'--report {report}: this run learnt no labels (objective.name="classify" or "tag")')
-        show(trained.score(source, open_place(data), precision, stride), as_json)
+        show(trained.score(source, trained.open_held_out(source, data), precision, stride), as_json)
         return 0
 
     raise typer.Exit(exit_code_of(work))

@@ -17,7 +17,8 @@ from llm_dist import tokenizer as tokenizers
 from llm_dist.checkpoint import layout
 from llm_dist.checkpoint.store import read_parameters
 from llm_dist.data.index import ShardSet
-from llm_dist.data.opening import held_out
+from llm_dist.data.opening import held_out, open_source
+from llm_dist.data.places import open_place
 from llm_dist.errors import UserError
 from llm_dist.evaluate import Evaluation, evaluate
 from llm_dist.exchange.adapter import export_adapter
@@ -108,6 +109,19 @@ def _find_hugging_face(path: Path) -> Trained:
             f"checkpoint {source.vocabulary_tokens}"
         )
     return Trained(run_of(source), 0, path, tokenizer, source)
+
+
+def open_held_out(trained: Trained, place: str) -> ShardSet:
+    """What `--data` names: shards, or, for a run that learns from examples, a file of them.
+
+    Raises:
+        UserError: it cannot be read, and why.
+    """
+    if not trained.run.objective.is_labelled:
+        return open_place(place)
+    own = {"tokenizer": str(trained.tokenizer.folder)}
+    run = trained.run.model_copy(update={"data": trained.run.data.model_copy(update=own)})
+    return open_source(run, "--data", place, run.data.labels or None)
 
 
 def score(

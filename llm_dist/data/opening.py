@@ -44,6 +44,11 @@ def open_reading(run: Config) -> Reading:
         order = Order(packing.num_windows, packing.cell_windows, seed)
         sources.append(Source(name, shards, packing, order))
         _check_same_tokenizer(key, place, shards, sources[0].shards)
+    if _needs_partners(run) and sum(source.shards.num_documents for source in sources) < 2:
+        raise UserError(
+            'objective.name="masked_nsp" takes texts of other documents, and data.train holds a single one; split it '
+            '(data.split, llm-dist tokenize --split), or choose "masked_sop"'
+        )
     segments = [
         Segment(segment.from_step, {name: exact(weight) for name, weight in segment.weights.items()})
         for segment in run.data.mixture

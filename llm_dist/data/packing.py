@@ -62,9 +62,6 @@ class Packing(Protocol):
     def cell(self, epoch: int, cell: int) -> tuple[int, int]:
         """First token of a cell in the stream, and tokens."""
 
-    def documents(self, windows: Indices) -> Indices:
-        """Number in the stream of the document with which each of `windows` [n] begins; not where epochs differ."""
-
 
 def cell_windows(sequence_tokens: int) -> int:
     """Windows that make up a cell of about CELL_TOKENS."""
@@ -111,10 +108,6 @@ class Concatenated:
         """One span."""
         start = int(self.starts(np.array([epoch]), np.array([window]))[0])
         return [Span(0, start, self._sequence_tokens)]
-
-    def documents(self, windows: Indices) -> Indices:
-        """Each epoch cuts otherwise."""
-        raise NotImplementedError("windows cut from the stream belong to no document")
 
     def cell(self, epoch: int, cell: int) -> tuple[int, int]:
         """A run of windows, and the token behind it."""

@@ -18,7 +18,7 @@ from llm_dist.data import pairs
 from llm_dist.data.index import ShardSet
 from llm_dist.data.mixture import Mixture, Segment
 from llm_dist.data.order import LANES, Indices, Order, rank_rows
-from llm_dist.data.packing import Packing
+from llm_dist.data.packing import Packing, Separate
 from llm_dist.rows import Rows, merge
 
 
@@ -93,6 +93,7 @@ class Reading:
         documents = np.empty(every.windows.shape, np.int64)
         for number, source in enumerate(self.sources):
             own = every.sources == number
+            assert isinstance(source.packing, Separate), "texts are paired where a row is of one document"
             documents[own] = source.packing.documents(every.windows[own]) * len(self.sources) + number
         chosen = pairs.partners(self.pair_seed, steps, rows, documents)
         in_step = np.arange(len(steps))[:, None]

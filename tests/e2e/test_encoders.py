@@ -63,3 +63,10 @@ def test_pairs_and_masks_are_the_same_on_other_engines_and_ranks_and_after_a_sto
 def test_what_does_not_fit_is_one_line(tmp_path, write_run_file, words, line):
     said = llm_dist("train", write_run_file(tmp_path), *words)
     assert line in said.mistake
+
+
+def test_next_sentences_need_a_second_document(tmp_path, write_run_file, tokenizer):
+    (tmp_path / "book.txt").write_text("One book, and no other. " * 300)
+    data = (f"data.train={tmp_path / 'book.txt'}", f"data.tokenizer={tokenizer}", f"data.cache={tmp_path / 'cache'}")
+    said = llm_dist("train", write_run_file(tmp_path), *ENCODER, *data, "data.holdout=[]")
+    assert "data.train holds a single one" in said.mistake

@@ -54,6 +54,9 @@ def test_a_pretrained_model_learns_to_answer(tmp_path, write_run_file, finished,
         assert llm_dist(*answer, prompt).json["text"] == response
     assert llm_dist(*answer, "Sorted?", "--system", "Be brief.").json["text"] == "No."
     scored = llm_dist("eval", runs / "tiny", "--data", _shards(tmp_path), "--json").json
+    assert llm_dist("eval", runs / "tiny", "--data", pairs, "--json").json == scored, (
+        "the file is as good as its shards"
+    )
     records = [record["eval"] for record in metrics.read(runs / "tiny" / "metrics.jsonl") if "eval" in record]
     assert scored["loss_nats"] == pytest.approx(records[-1][pairs.name]["loss_nats"], rel=1e-6)
     assert scored["perplexity"] is not None and scored["bits_per_byte"] is None

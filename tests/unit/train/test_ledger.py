@@ -37,7 +37,7 @@ def spend(watch, clock, *phases):
         watch.step += name == "step"
 
 
-def seconds(found, **expected):
+def assert_seconds(found, **expected):
     assert {name: each for name, each in found.seconds.items() if each} == expected
     assert found.seconds.keys() == set(CATEGORIES)
     assert sum(found.seconds.values()) == pytest.approx(found.time - found.run_started)
@@ -50,7 +50,7 @@ def test_one_attempt_in_exact_numbers(clock, tmp_path):
     spend(watch, clock, ("data", 1), ("agree", 0.5), ("step", 30), ("step", 2), ("step", 2), ("step", 4))
     spend(watch, clock, ("save", 7), ("eval", 6), ("report", 0.25), ("replicas", 0.25))
     clock[0] += 0.5
-    seconds(ledger.account(), start_up=8, data=1.5, step=10, compile=28, save=7, eval=6, other=1)
+    assert_seconds(ledger.account(), start_up=8, data=1.5, step=10, compile=28, save=7, eval=6, other=1)
     assert ledger.fractions()["step"] == pytest.approx(10 / 61.5, abs=1e-5)
     assert sum(ledger.fractions().values()) == pytest.approx(1.0, abs=1e-4)
 
@@ -68,7 +68,7 @@ def test_what_is_down_and_what_is_replayed_after_a_kill(clock, tmp_path):
     watch.begin()
     spend(watch, clock, ("data", 1), ("step", 14), ("data", 1), ("step", 4), ("data", 1), ("step", 4))
     ledger.write("in order")
-    seconds(ledger.account(), step=12 + 4, compile=6 + 10, down=100, start_up=3, replayed=1 + 4 + 1 + 4, data=1)
+    assert_seconds(ledger.account(), step=12 + 4, compile=6 + 10, down=100, start_up=3, replayed=1 + 4 + 1 + 4, data=1)
     assert ledger.account().furthest_step == 4
     found = json.loads((tmp_path / "attempt_0002.json").read_text())
     assert (found["ended"], found["run_started"]) == ("in order", 1000.0)
@@ -80,15 +80,15 @@ def test_time_in_which_all_hung_is_down(clock, tmp_path):
     watch.begin()
     with watch.phase("agree"):
         clock[0] += 9
-        seconds(ledger.account("hang", ("agree", 6.0)), data=3, down=6)
-    seconds(ledger.account("hang", ("agree", 60.0)), down=9)
+        assert_seconds(ledger.account("hang", ("agree", 6.0)), data=3, down=6)
+    assert_seconds(ledger.account("hang", ("agree", 60.0)), down=9)
 
 
 def test_an_attempt_that_left_no_account_is_down_and_a_broken_file_is_none(clock, tmp_path):
     attempt(tmp_path, 1, clock)
     (tmp_path / "attempt_0002.json").write_text('{"attempt": 2, "ru')
     clock[0] += 50
-    seconds(attempt(tmp_path, 4, clock)[1].account(), down=50)
+    assert_seconds(attempt(tmp_path, 4, clock)[1].account(), down=50)
 
 
 def test_attempts_of_one_process_do_not_count_it_twice(clock, tmp_path):
@@ -96,7 +96,7 @@ def test_attempts_of_one_process_do_not_count_it_twice(clock, tmp_path):
     spend(watch, clock, ("data", 10))
     ledger.write()
     clock[0] += 1
-    seconds(attempt(tmp_path, 2, clock, started=900.0)[1].account(), start_up=101, data=10)
+    assert_seconds(attempt(tmp_path, 2, clock, started=900.0)[1].account(), start_up=101, data=10)
 
 
 def test_the_beginning_of_a_process_is_known_to_a_fraction_of_a_second():
