@@ -216,7 +216,7 @@ class Eval(Section):
     """Score at most so many windows of each held-out folder; all when absent."""
     patience: int | None = from_now(None, ge=1)
     """Stop when the first held-out folder has not been scored better for so many evaluations."""
-    best: Literal["loss", "accuracy", "macro_f1", "f1", "pair_accuracy"] = from_now("loss")
+    best: Literal["loss", "accuracy", "macro_f1", "f1", "pair_accuracy"] = identity("loss")
     """What the best evaluation is the best by: the lowest loss, or the highest of a score that the objective has."""
 
 

@@ -163,9 +163,7 @@ def flops_per_token(
     `scored_share` of the tokens reach the head; of the others it computes nothing.
     """
     shapes = parameter_shapes(model, vocabulary_tokens, heads)
-    body = sum(
-        prod(shape) for name, shape in shapes.items() if name.startswith(("blocks.", "norm.", "embedding_norm."))
-    )
+    body = sum(prod(shape) for name, shape in shapes.items() if name.startswith(_BODY))
     head = sum(prod(shape) for name, shape in shapes.items() if name.startswith("head."))
     if heads.language and model.tied_head:
         head += padded_vocabulary(model, vocabulary_tokens) * model.d_model
