@@ -103,6 +103,8 @@ def publishing(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        for file in partial.iterdir():  # safetensors writes files that nobody else may read
+            file.chmod(partial.stat().st_mode & 0o666)
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(

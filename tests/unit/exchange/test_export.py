@@ -85,6 +85,12 @@ def test_same_weights_give_the_same_bytes(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"first", "second", "tokenizer"}
 
 
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path):
+    export_of(built(small("gpt2")), tmp_path / "out")
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "out").stat().st_mode & 0o666}
+
+
 def test_large_models_are_split_and_still_load(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="needs the extra llm_dist[hf]")
     monkeypatch.setattr(export_room, "MAX_FILE_BYTES", 20_000)
