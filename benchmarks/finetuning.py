@@ -116,8 +116,13 @@ def finetune(task: Task, folder: Path, seed: int, way: str) -> float:
     start = (f"init.from={folder}/runs/encoder-{seed}",) if way == "pretrained" else ()
     more = (f"data.cache={folder}/cache", f"eval.best={task.score}", *start, *task.finetuning)
     _run("llm-launch", "local", f"{ROOT}/configs/finetune.toml", "--ranks", "2", *words, *data, *more)
-    said = _run("llm-dist", "eval", f"{folder}/runs/{name}", "--best", "--data", str(task.test), "--json")
-    return float(json.loads(said)["scores"][task.score])
+    return scored(f"{folder}/runs/{name}", task)
+
+
+def scored(run: str, task: Task) -> float:
+    """Of the test part: accuracy of labels, or F1 of entities."""
+    said = json.loads(_run("llm-dist", "eval", run, "--best", "--data", str(task.test), "--json"))
+    return float(said["accuracy"] if task.score == "accuracy" else said["entities"]["f1"]["micro"])
 
 
 def _compare(task: Task, folder: Path) -> None:
